@@ -1,0 +1,20 @@
+# Sourced by the other scripts: makes the project's virtual environment once and puts it first on the PATH.
+# VENV chooses its folder, PYTHON the interpreter it is made from.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+use_environment() { # use_environment EXTRAS, for example: use_environment mpi,test
+  local venv=${VENV:-.venv} stamp
+  stamp="$venv/.installed-$(printf '%s %s' "$1" "$PWD" | cat - setup.py | cksum | tr ' ' '-')"
+  if [ ! -x "$venv/bin/python" ]; then
+    echo "making the virtual environment $venv"
+    "${PYTHON:-python3}" -m venv "$venv"
+  fi
+  if [ ! -e "$stamp" ]; then
+    echo "installing into $venv (PyTorch is large: a few minutes the first time)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
+    touch "$stamp"
+  fi
+  PATH="$(cd "$venv/bin" && pwd):$PATH"
+  export PATH
+}

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The whole check: lint, formatting and every test. Arguments go to pytest: bash scripts/test.sh tests/test_unet.py -x
+source "$(dirname "$0")/common.sh"
+use_environment mpi,test
+ruff check .
+ruff format --check .
+python -m pytest "$@"

@@ -1,0 +1,34 @@
+from setuptools import setup
+
+TEST_PEERS = ["pytorch-fid", "diffusers", "torchmetrics", "scikit-learn", "pycocotools"]
+
+setup(
+    name="semantic-diffusion-model",
+    version="0.1.0",
+    description="SDM: Semantic Image Synthesis via Diffusion Models (arXiv 2207.00050) in PyTorch",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=["guided_diffusion"],
+    package_data={"guided_diffusion": ["palettes/*.csv"]},
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "mpi4py>=4.0",
+        "numpy",
+        "blobfile>=2.0",
+        "Pillow>=9.5",
+        "scipy",
+        "lpips>=0.1.4",
+        "tqdm",
+    ],
+    extras_require={
+        "mpi": ["mpich; sys_platform != 'win32'"],
+        "plots": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+        "segmenters": ["transformers"],
+        "coco": ["pycocotools"],
+        "cityscapes": ["cityscapesscripts"],
+        "test": ["pytest", "ruff", "matplotlib", "tensorboard", *TEST_PEERS],
+    },
+)
