@@ -1,7 +1,7 @@
 """What each data set is: one frozen record per mode, with its classes, colours, label ids and folder layout.
 
-The facts that are long (class names, colours) lie in `palettes/*.csv`; what differs from data set to data set lies here,
-so that the loader, the pictures and the checks hold no special case for any of them.
+The facts that are long (class names, colours) lie in `palettes/*.csv`; what differs from data set to data set lies
+here, so that the loader, the pictures and the checks hold no special case for any of them.
 """
 
 import csv
@@ -49,11 +49,12 @@ class FolderLayout:
 class DatasetSpec:
     """All that the loader, the pictures and the checks know about a data set.
 
-    `palette` is uint8 [num_classes, 3]. `remap` maps ids in the files to ids of the network; ids it does not name stay as
-    they are where `keeps_other_ids` is set and are errors otherwise. `instances`: "none", "files" (maps of their own),
-    "optional" (files where their folder exists) or "labels" (the label map serves, as for faces).
-    `crop`: "square" or "keep_aspect" (short side to the image size, whole image). `label_colors` [classes, 3]: set where label
-    maps are RGB images in these colours rather than ids. `exif`: what a photograph's orientation tag does, "ignore", "apply" or "refuse".
+    `palette` is uint8 [num_classes, 3]. `remap` maps ids in the files to ids of the network; ids it does not name
+    stay as they are where `keeps_other_ids` is set and are errors otherwise. `instances`: "none", "files" (maps of
+    their own), "optional" (files where their folder exists) or "labels" (the label map serves, as for faces). `crop`:
+    "square" or "keep_aspect" (short side to the image size, whole image). `label_colors` [classes, 3]: set where
+    label maps are RGB images in these colours rather than ids. `exif`: what a photograph's orientation tag does,
+    "ignore", "apply" or "refuse".
     """
 
     name: str
@@ -90,12 +91,13 @@ def distinct_colors(count: int, avoid: np.ndarray | None = None) -> np.ndarray:
     """`count` colours far from each other and from `avoid`, uint8 [count, 3]; the same for the same arguments.
 
     Farthest-point choice in the OKLab space (B. Ottosson, 2020), where distance is close to perceived difference, among
-    a regular grid of RGB colours that are neither nearly black nor nearly white.
+    a regular grid of RGB colours that are neither nearly black nor nearly white nor glaring.
     """
     steps = np.linspace(0, 255, 14).round()
     candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _oklab(candidates)
-    usable = (lab[:, 0] > 0.32) & (lab[:, 0] < 0.95)
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    usable = (lab[:, 0] > 0.32) & (lab[:, 0] < 0.93) & (chroma < (0.17 if count <= 40 else 0.23))
     candidates, lab = candidates[usable], lab[usable]
     taken = np.zeros((1, 3)) if avoid is None or len(avoid) == 0 else np.asarray(avoid, dtype=np.float64)
     distance = ((lab[:, None] - _oklab(taken)[None]) ** 2).sum(-1).min(1)
@@ -138,7 +140,7 @@ def read_classes(name: str) -> tuple[tuple[str, ...], np.ndarray]:
 
 def _benchmark(mode: str) -> DatasetSpec:
     names, palette = read_classes(mode)
-    known = dict(name=mode, num_classes=len(names), class_names=names, palette=palette)
+    known = {"name": mode, "num_classes": len(names), "class_names": names, "palette": palette}
     if mode == "ade20k":  # SceneParsing: 1..150 are classes, 0 is unlabelled
         layout = FolderLayout("images/{split}", "annotations/{split}")
         remap = {0: 150, **{i: i - 1 for i in range(1, 151)}}
@@ -167,10 +169,10 @@ def get_spec(
 ) -> DatasetSpec:
     """The record of a data set.
 
-    dataset_mode: one of `DATASET_MODES`. data_dir: for "custom", where an optional `dataset.json` lies.
-    num_classes: the network's; more than the data set has is fine (further classes get generic names and colours), fewer
-    leaves the surplus ids to be found in the files. Needed for "custom" without class names in `dataset.json`.
-    Raises DataError where the mode is unknown, `num_classes` is missing, or `dataset.json` is wrong.
+    dataset_mode: one of `DATASET_MODES`. data_dir: for "custom", where an optional `dataset.json` lies. num_classes:
+    the network's; more than the data set has is fine (further classes get generic names and colours), fewer leaves
+    the surplus ids to be found in the files. Needed for "custom" without class names in `dataset.json`. Raises
+    DataError where the mode is unknown, `num_classes` is missing, or `dataset.json` is wrong.
     """
     if dataset_mode not in DATASET_MODES:
         raise DataError(f"dataset_mode {dataset_mode!r} is unknown; the modes are {', '.join(DATASET_MODES)}")

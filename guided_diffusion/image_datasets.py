@@ -1,7 +1,9 @@
-"""The data sets: samples of photograph, label map and instance map as small integers, in an order that nothing disturbs.
+"""The data sets: samples of photograph, label map and instance map as small integers, in an order that nothing
+disturbs.
 
-Everything random about a sample (which item, crop, flip) follows from the seed and the sample's global position, never from
-the state of a worker: one rank with batch 4 sees what two ranks with batch 2 see, and resuming needs the position alone.
+Everything random about a sample (which item, crop, flip) follows from the seed and the sample's global position,
+never from the state of a worker: one rank with batch 4 sees what two ranks with batch 2 see, and resuming needs the
+position alone.
 """
 
 import os
@@ -34,9 +36,10 @@ _ORDER, _BALANCE = 1, 2  # keep the streams of random numbers apart from each ot
 class LayoutDataset(Dataset):
     """Samples of one split; `open_dataset` makes one.
 
-    `dataset[i]` or `dataset[i, position]` is a dict of `image` uint8 [3, H, W] (where there are photographs), `label` uint8
-    [1, H, W] (int16 beyond 256 classes), `instance` int32 [1, H, W] (where `has_instances`) and `name`. In training the crop
-    and flip follow from the seed and the position (i where none is given). Raises DataError for a file that does not fit.
+    `dataset[i]` or `dataset[i, position]` is a dict of `image` uint8 [3, H, W] (where there are photographs), `label`
+    uint8 [1, H, W] (int16 beyond 256 classes), `instance` int32 [1, H, W] (where `has_instances`) and `name`. In
+    training the crop and flip follow from the seed and the position (i where none is given). Raises DataError for a
+    file that does not fit.
     """
 
     def __init__(
@@ -87,8 +90,9 @@ class LayoutDataset(Dataset):
         shape = tuple(sample["label"].shape[1:])
         if shape != self.shape:
             raise DataError(
-                f"{item.image or item.label} becomes {shape[1]} x {shape[0]} where {self.names[0]} becomes {self.shape[1]} x"
-                f" {self.shape[0]}: with the aspect kept, all pictures need one aspect; crop them, or use the square crop"
+                f"{item.image or item.label} becomes {shape[1]} x {shape[0]} where {self.names[0]} becomes"
+                f" {self.shape[1]} x {self.shape[0]}: with the aspect kept, all pictures need one aspect; crop them,"
+                " or use the square crop"
             )
         return sample
 
@@ -153,11 +157,12 @@ def open_dataset(
 ) -> LayoutDataset:
     """A split of a data set in one of the modes of `dataset_specs.DATASET_MODES`.
 
-    split: "train" has the training transform (joint random crop, or the central crop where `random_crop` is off; flip; a
-    further enlargement of up to 1 + `scale_jitter`), "val" and "test" the whole picture resized. labels_dir: take label maps
-    alone from that folder (with `data_dir` for its `dataset.json` only), with the sampling transform.
+    split: "train" has the training transform (joint random crop, or the central crop where `random_crop` is off;
+    flip; a further enlargement of up to 1 + `scale_jitter`), "val" and "test" the whole picture resized. labels_dir:
+    take label maps alone from that folder (with `data_dir` for its `dataset.json` only), with the sampling transform.
     use_instances: read instance maps where the mode has them. skip_bad: training batches pass over unreadable items.
-    Raises MissingSplitError for a folder that is not there and DataError for anything else that is wrong with the data.
+    Raises MissingSplitError for a folder that is not there and DataError for anything else that is wrong with the
+    data.
     """
     if image_size < 1:
         raise DataError(f"image_size is {image_size}; it must be at least 1")
@@ -185,7 +190,8 @@ def open_dataset(
 
 
 class _Loadable(Dataset):
-    """What workers fetch: samples, or the message of a DataError, so that it reaches the user without a worker's traceback.
+    """What workers fetch: samples, or the message of a DataError, so that it reaches the user without a worker's
+    traceback.
 
     With `skip_bad`, a bad item is replaced by the next good one of the list, and travels along in `bad`.
     """
@@ -221,9 +227,9 @@ def _collate(samples: list[dict]) -> dict:
 def _start_worker(_: int) -> None:
     """A worker computes on one thread and leaves signals to the main process, which ends it.
 
-    A SIGTERM to the whole process group must not kill the workers while the main process still saves its state, but one from
-    the main process must (it may be the only way in which a failed run ends). The sender tells them apart, where the system
-    says who it is.
+    A SIGTERM to the whole process group must not kill the workers while the main process still saves its state, but
+    one from the main process must (it may be the only way in which a failed run ends). The sender tells them apart,
+    where the system says who it is.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -276,7 +282,7 @@ class _Positions:
 
 
 def _epoch_order(count: int, seed: int, epoch: int, weights: np.ndarray | None) -> np.ndarray:
-    """The items of an epoch, [count]: a permutation, or with weights each item in proportion (systematic resampling)."""
+    """The items of an epoch, [count]: a permutation, or in proportion to weights by systematic resampling."""
     order = np.random.default_rng([seed, epoch, _ORDER]).permutation(count)
     if weights is None:
         return order
@@ -300,7 +306,7 @@ class TrainingBatches:
         return self
 
     def __next__(self) -> dict:
-        """image uint8 [N, 3, H, W], label [N, 1, H, W], instance int32 [N, 1, H, W] where there is one, position int64 [N]."""
+        """`image` uint8 [N, 3, H, W], `label` and, if there is one, `instance` [N, 1, H, W], `position` int64 [N]."""
         if self._batches is None:
             raise StopIteration
         batch = next(self._batches)
@@ -334,10 +340,10 @@ def training_batches(
 ) -> TrainingBatches:
     """Endless training batches of one rank.
 
-    Slot j of this rank's k-th batch is global position `start + (k * world_size + rank) * batch_size + j`. Position p belongs
-    to epoch p // len(dataset) and is an item of that epoch's permutation. To resume, give as `start` the positions already
-    seen by all ranks together. class_balance: True draws images with rare classes more often (`balance_weights`, which reads
-    all label maps first); an array gives each item's weight, float [len(dataset)].
+    Slot j of this rank's k-th batch is global position `start + (k * world_size + rank) * batch_size + j`. Position p
+    belongs to epoch p // len(dataset) and is an item of that epoch's permutation. To resume, give as `start` the
+    positions already seen by all ranks together. class_balance: True draws images with rare classes more often
+    (`balance_weights`, which reads all label maps first); an array gives each item's weight, float [len(dataset)].
     """
     if batch_size < 1 or not 0 <= rank < world_size or start < 0:
         raise DataError(f"batch_size {batch_size}, rank {rank} of {world_size}, start {start}: out of range")
@@ -353,7 +359,7 @@ def training_batches(
 def sampling_batches(
     dataset: LayoutDataset, indices: Sequence[int], batch_size: int, num_workers: int = 0
 ) -> Iterator[dict]:
-    """The items `indices`, each once and in that order: `name` (list), `label`, and `image`, `instance` where there are such."""
+    """The items `indices`, once each, in that order: `name` (list), `label`, and `image`, `instance` where present."""
     batches = [
         [(int(i), int(i)) for i in indices[first : first + batch_size]] for first in range(0, len(indices), batch_size)
     ]
@@ -365,7 +371,7 @@ def sampling_batches(
 
 
 class _Presence(Dataset):
-    """Which classes an item's label map holds, bool [num_classes]; none where the map is bad and bad items are skipped."""
+    """Which classes an item's label map holds, bool [num_classes]; none for a bad map where bad items are skipped."""
 
     def __init__(self, dataset: LayoutDataset):
         self.dataset = dataset
@@ -387,8 +393,8 @@ class _Presence(Dataset):
 def balance_weights(dataset: LayoutDataset, num_workers: int = 0, threshold: float = 0.5) -> np.ndarray:
     """How often each item should be drawn, relative to the others, float64 [len(dataset)].
 
-    Repeat factors after LVIS (Gupta et al., 2019): an item counts max over its classes of sqrt(threshold / share of images
-    with the class), at least 1. Reads every label map once.
+    Repeat factors after LVIS (Gupta et al., 2019): an item counts max over its classes of sqrt(threshold / share of
+    images with the class), at least 1. Reads every label map once.
     """
     loader = DataLoader(
         _Presence(dataset),

@@ -1,6 +1,7 @@
 """Finding the photographs, label maps and instance maps of a split, and pairing them by name.
 
-Local folders are read with `os.scandir` (100,000 files in a fraction of a second), others (gs://, az://, https://) through blobfile.
+Local folders are read with `os.scandir` (100,000 files in a fraction of a second), others (gs://, az://, https://)
+through blobfile.
 """
 
 import io

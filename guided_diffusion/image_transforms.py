@@ -113,15 +113,15 @@ def read_image(path: str, spec: DatasetSpec) -> Image.Image:
     if spec.exif != "ignore" and image.getexif().get(_ORIENTATION, 1) != 1:
         if spec.exif == "refuse":
             raise DataError(
-                f"the photograph {path} has an EXIF orientation tag, so that viewers turn it and its label map may or may not"
-                ' be turned with it; set "exif" in dataset.json to "apply" (labels match the turned picture) or "ignore"'
-                " (labels match the stored pixels)"
+                f"the photograph {path} has an EXIF orientation tag: viewers turn it, and its label map may or may not"
+                ' be turned with it; set "exif" in dataset.json to "apply" (labels match the turned picture) or to'
+                ' "ignore" (labels match the stored pixels)'
             )
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         raise DataError(
-            f"the photograph {path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits with a window"
-            " that suits its values"
+            f"the photograph {path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits with a"
+            " window that suits its values"
         )
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -153,8 +153,8 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
         image = Image.fromarray(ids)
     else:
         raise DataError(
-            f"the label map {path} is a picture of mode {image.mode}, not of one id per pixel; store ids (mode L or P), or"
-            ' in dataset_mode custom describe its colours in dataset.json with "label_encoding": "colors"'
+            f"the label map {path} is a picture of mode {image.mode}, not of one id per pixel; store ids (mode L or P),"
+            ' or in dataset_mode custom describe its colours in dataset.json with "label_encoding": "colors"'
         )
     allowed = (present >= 0) & (present < len(table))
     allowed[allowed] = table[present[allowed]] >= 0
@@ -169,7 +169,8 @@ def _refuse_ids(path: str, spec: DatasetSpec, ids: np.ndarray) -> None:
     else:
         remedy = f"check --num_classes and that this is data for dataset_mode {spec.name}"
     raise DataError(
-        f"the label map {path} has ids that do not fit num_classes {spec.num_classes}: {spec.describe_ids(ids)}; {remedy}"
+        f"the label map {path} has ids that do not fit num_classes {spec.num_classes}: {spec.describe_ids(ids)};"
+        f" {remedy}"
     )
 
 
