@@ -1,0 +1,220 @@
+"""Finding the photographs, label maps and instance maps of a split, and pairing them by name.
+
+Local folders are read with `os.scandir` (100,000 files in a fraction of a second), others (gs://, az://, https://)
+through blobfile.
+"""
+
+import io
+import os
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import blobfile
+
+from .dataset_specs import SPLITS, DataError, DatasetSpec, MissingSplitError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAP_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: an id must come back as it was stored
+_LOSSY = (".jpg", ".jpeg", ".webp")
+_NAMED = 5  # files named in a message
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample's files: its name (unique in the split) and the paths of what it has."""
+
+    name: str
+    image: str | None
+    label: str
+    instance: str | None
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file; `path` is local or anything that blobfile opens."""
+    if is_remote(path):
+        with blobfile.BlobFile(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def open_stream(path: str) -> io.BufferedIOBase | str:
+    """What Pillow opens: a local path as it is, a remote file's bytes as a stream."""
+    return io.BytesIO(read_bytes(path)) if is_remote(path) else path
+
+
+def list_items(spec: DatasetSpec, data_dir: str | os.PathLike, split: str, use_instances: bool = True) -> list[Item]:
+    """The items of a split, sorted by name.
+
+    Raises MissingSplitError where the split's folder is not there, DataError where it is empty, where two files share a
+    stem, or where a photograph, label map or instance map lacks its partner.
+    """
+    root = os.fspath(data_dir)
+    folder = _split_folder(spec, root, split)
+    layout = spec.layout
+    image_dir, label_dir = (_join(root, part.format(split=folder)) for part in (layout.images, layout.labels))
+    images = list_files(image_dir, layout.image_suffix, layout.nested, IMAGE_EXTENSIONS)
+    labels = list_files(label_dir, layout.label_suffix, layout.nested, MAP_EXTENSIONS)
+    _check_partners("photograph", image_dir, images, "label map", label_dir, labels)
+    if not images:
+        raise DataError(
+            f"{image_dir} holds no photographs ({', '.join(IMAGE_EXTENSIONS)}"
+            + (f", with names that end in {layout.image_suffix}" if layout.image_suffix else "")
+            + f"); {expected_layout(spec)}"
+        )
+    instances: dict[str, str] = {}
+    if use_instances and spec.instances in ("files", "optional"):
+        instance_dir = _join(root, layout.instances.format(split=folder))
+        if spec.instances == "files" or _is_dir(instance_dir):
+            instances = list_files(instance_dir, layout.instance_suffix, layout.nested, MAP_EXTENSIONS)
+            remedy = "; without instance maps, use --no_instance True"
+            _check_partners("label map", label_dir, labels, "instance map", instance_dir, instances, remedy)
+    return [Item(key + layout.image_suffix, images[key], labels[key], instances.get(key)) for key in sorted(images)]
+
+
+def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_instances: bool = True) -> list[Item]:
+    """Items of label maps alone, sorted by name; instance maps lie in a folder beside, where there is one.
+
+    That folder is called like the label folder with `instances` for `labels` or `inst` for `label`; in Cityscapes'
+    layout it is the label folder itself.
+    """
+    folder, suffix = os.fspath(labels_dir).rstrip("/"), spec.layout.label_suffix
+    if not _is_dir(folder):
+        raise MissingSplitError(f"there is no folder of label maps {folder}")
+    nested = spec.layout.nested
+    labels = list_files(folder, suffix, nested, MAP_EXTENSIONS)
+    if not labels:  # label maps drawn by hand have no data set's suffix
+        suffix, labels = "", list_files(folder, "", nested, MAP_EXTENSIONS)
+    if not labels:
+        raise DataError(f"{folder} holds no label maps ({', '.join(MAP_EXTENSIONS)})")
+    instances: dict[str, str] = {}
+    if use_instances and spec.instances in ("files", "optional"):
+        parent, name = os.path.split(folder)
+        beside = _join(
+            parent, name.replace("labels", "instances") if "labels" in name else name.replace("label", "inst")
+        )
+        if suffix:
+            instances = list_files(folder, spec.layout.instance_suffix, nested, MAP_EXTENSIONS)
+        elif beside != folder and _is_dir(beside):
+            instances = list_files(beside, "", nested, MAP_EXTENSIONS)
+        if instances:
+            _check_partners("label map", folder, labels, "instance map", beside, instances)
+    ending = spec.layout.image_suffix if suffix else ""
+    return [Item(key + ending, None, labels[key], instances.get(key)) for key in sorted(labels)]
+
+
+def list_files(folder: str, suffix: str, nested: bool, extensions: tuple[str, ...]) -> dict[str, str]:
+    """Stem without `suffix` -> path, for the files of a folder (and of its folders, where `nested`).
+
+    Hidden files and other extensions are passed over. Stems are compared in Unicode's composed form, because macOS
+    stores accents decomposed. Raises DataError for two files of one stem, broken links, and label maps stored as JPEG.
+    """
+    found: dict[str, str] = {}
+    lossy = extensions is MAP_EXTENSIONS
+    for path, name in _walk(folder, nested):
+        stem, extension = os.path.splitext(name)
+        extension = extension.lower()
+        if lossy and extension in _LOSSY and stem.endswith(suffix):
+            raise DataError(f"{path} is a label or instance map in a lossy format, which changes ids; store it as PNG")
+        if extension not in extensions or not stem.endswith(suffix):
+            continue
+        key = unicodedata.normalize("NFC", stem[: len(stem) - len(suffix)] if suffix else stem)
+        if key in found:
+            raise DataError(f"two files share the stem {stem!r}: {found[key]} and {path}; rename or remove one")
+        found[key] = path
+    return found
+
+
+def _walk(folder: str, nested: bool) -> Iterator[tuple[str, str]]:
+    """(path, name) of the files in a folder, and with `nested` of those one level below it."""
+    for entry in _scan(folder):
+        if entry.name.startswith("."):
+            continue
+        try:
+            if entry.is_file():
+                yield entry.path, entry.name
+            elif entry.is_dir():
+                if nested:
+                    yield from _walk(entry.path, False)
+            elif not os.path.exists(entry.path):
+                raise DataError(f"{entry.path} is a link to nothing; remove it or restore what it points to")
+        except OSError as error:  # a link that leads back to itself
+            raise DataError(f"{entry.path} cannot be followed ({error.strerror}); is it a link to itself?") from error
+
+
+def _scan(folder: str) -> Iterator[os.DirEntry]:
+    if is_remote(folder):
+        yield from blobfile.scandir(folder)
+    else:
+        with os.scandir(folder) as entries:
+            yield from entries
+
+
+def _join(*parts: str) -> str:
+    return blobfile.join(*parts) if is_remote(parts[0]) else os.path.join(*parts)
+
+
+def _is_dir(folder: str) -> bool:
+    return blobfile.isdir(folder) if is_remote(folder) else os.path.isdir(folder)
+
+
+def expected_layout(spec: DatasetSpec) -> str:
+    """The layout a mode expects, in one line for messages."""
+    layout = spec.layout
+    folders = [f"{layout.images}/*{layout.image_suffix}.jpg or .png", f"{layout.labels}/*{layout.label_suffix}.png"]
+    if spec.instances in ("files", "optional"):
+        note = "" if spec.instances == "files" else " (optional)"
+        folders.append(f"{layout.instances}/*{layout.instance_suffix}.png{note}")
+    return f"the layout of dataset_mode {spec.name} is " + ", ".join(folders)
+
+
+def _split_folder(spec: DatasetSpec, root: str, split: str) -> str:
+    """The name of the split's folder: the first of the spec's candidates whose photographs or labels are there."""
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown; the splits are {', '.join(SPLITS)}")
+    if not _is_dir(root):
+        raise MissingSplitError(f"the data folder {root} does not exist; {expected_layout(spec)}")
+    names = spec.layout.splits[split]
+    for name in names:
+        folders = [_join(root, part.format(split=name)) for part in (spec.layout.images, spec.layout.labels)]
+        present = [_is_dir(folder) for folder in folders]
+        if all(present):
+            return name
+        if any(present):
+            missing, there = folders[present.index(False)], folders[present.index(True)]
+            raise DataError(f"{there} exists, but {missing} does not; {expected_layout(spec)}")
+    tried = ", ".join(_join(root, spec.layout.images.format(split=name)) for name in names)
+    raise MissingSplitError(f"{root} has no {split} split (looked for {tried}); {expected_layout(spec)}")
+
+
+def _check_partners(
+    kind: str, folder: str, files: dict, other: str, other_folder: str, others: dict, remedy=""
+) -> None:
+    """Every file of one kind has its partner of the other, and the reverse."""
+    lonely = sorted(files.keys() - others.keys())
+    extra = sorted(others.keys() - files.keys())
+    problems = []
+    if lonely:
+        problems.append(
+            f"{_count(lonely, kind)} in {folder} without a {other} in {other_folder}: {_some(files, lonely)}"
+        )
+    if extra:
+        problems.append(
+            f"{_count(extra, other)} in {other_folder} without a {kind} in {folder}: {_some(others, extra)}"
+        )
+    if problems:
+        raise DataError("; ".join(problems) + f". Files pair by name; add the missing ones or remove the extra{remedy}")
+
+
+def _count(keys: list, kind: str) -> str:
+    return f"{len(keys)} {kind}" + ("s" if len(keys) > 1 else "")
+
+
+def _some(files: dict[str, str], keys: list[str]) -> str:
+    names = [os.path.basename(files[key]) for key in keys[:_NAMED]]
+    return ", ".join(names) + (", ..." if len(keys) > _NAMED else "")

@@ -1,0 +1,202 @@
+"""Reading photographs and maps, and the geometry that they share: resize, crop, flip.
+
+Photographs shrink by halving with a box filter while they are twice too large, then with one bicubic step; maps of ids
+take the nearest pixel. Exact to guided-diffusion's and SDM's loaders (`tests/test_image_datasets.py`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .dataset_specs import DataError, DatasetSpec
+from .image_listing import open_stream
+
+_MIN_CROP = 0.8  # the smallest part of the short side that a random crop keeps, as in guided-diffusion
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A joint transform: resize to `size` (width, height), crop `box` out of that, mirror where `flip`."""
+
+    size: tuple[int, int]
+    box: tuple[int, int, int, int]
+    flip: bool = False
+
+    def apply_to_image(self, image: Image.Image) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        width, height = self.size
+        while min(image.size) >= 2 * min(width, height):
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        return self._finish(image.resize(self.size, Image.Resampling.BICUBIC))
+
+    def apply_to_map(self, ids: Image.Image) -> np.ndarray:
+        """The ids in the picture's own depth, [H, W]."""
+        return self._finish(ids.resize(self.size, Image.Resampling.NEAREST))
+
+    def _finish(self, image: Image.Image) -> np.ndarray:
+        if self.box != (0, 0, *self.size):
+            image = image.crop(self.box)
+        return np.array(ImageOps.mirror(image) if self.flip else image)
+
+
+def _short_side(size: tuple[int, int], target: int) -> tuple[int, int]:
+    """(width, height) scaled until the short side is `target`; what halvings leave is scaled, as the original does."""
+    width, height = size
+    while min(width, height) >= 2 * target:
+        width, height = width // 2, height // 2
+    scale = target / min(width, height)
+    return round(width * scale), round(height * scale)
+
+
+def sampling_geometry(size: tuple[int, int], image_size: int, crop: str) -> Geometry:
+    """The whole picture, squeezed into a square (`crop` "square") or with its aspect kept ("keep_aspect")."""
+    target = _short_side(size, image_size) if crop == "keep_aspect" else (image_size, image_size)
+    return Geometry(target, (0, 0, *target))
+
+
+def training_geometry(
+    size: tuple[int, int],
+    image_size: int,
+    crop: str,
+    rng: np.random.Generator,
+    *,
+    random_crop: bool,
+    random_flip: bool,
+    scale_jitter: float = 0.0,
+) -> Geometry:
+    """A crop of the training transform for a photograph of `size` (width, height).
+
+    "square": a square whose side is between 0.8 and 1 of the resized short side (`random_crop`), else the central one.
+    "keep_aspect": the whole picture. `scale_jitter` J enlarges the picture by a further factor, log-uniform in
+    [1, 1 + J], before the crop. The same number of random values is drawn whatever is switched on.
+    """
+    draw_side, draw_zoom, draw_x, draw_y, draw_flip = rng.random(5)
+    zoom = math.exp(draw_zoom * math.log1p(scale_jitter))
+    side = image_size
+    if random_crop and crop == "square":
+        side += int(draw_side * (math.ceil(image_size / _MIN_CROP) - image_size + 1))
+    resized = _short_side(size, round(side * zoom))
+    width, height = _short_side(size, image_size) if crop == "keep_aspect" else (image_size, image_size)
+    resized = max(resized[0], width), max(resized[1], height)  # halvings of odd sides may round a pixel away
+    free_x, free_y = resized[0] - width, resized[1] - height
+    if random_crop:
+        left, top = int(draw_x * (free_x + 1)), int(draw_y * (free_y + 1))
+    else:
+        left, top = free_x // 2, free_y // 2
+    return Geometry(resized, (left, top, left + width, top + height), bool(random_flip and draw_flip < 0.5))
+
+
+def _open(path: str, kind: str) -> Image.Image:
+    """The decoded picture; whatever goes wrong becomes a DataError that names the file."""
+    try:
+        image = Image.open(open_stream(path))
+        image.load()
+        return image
+    except FileNotFoundError as error:
+        raise DataError(f"the {kind} {path} is gone since the folder was listed") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
+        raise DataError(
+            f"the {kind} {path} cannot be read ({error}); replace it or remove it with its partners"
+        ) from error
+
+
+def read_image(path: str, spec: DatasetSpec) -> Image.Image:
+    """A photograph as RGB.
+
+    Grey, palette and CMYK pictures are converted, an opaque alpha channel is dropped. Raises DataError for unreadable
+    files, real transparency, 16-bit and floating-point grey, and an orientation tag that `spec.exif` refuses.
+    """
+    image = _open(path, "photograph")
+    if spec.exif != "ignore" and image.getexif().get(_ORIENTATION, 1) != 1:
+        if spec.exif == "refuse":
+            raise DataError(
+                f"the photograph {path} has an EXIF orientation tag: viewers turn it, and its label map may or may not"
+                ' be turned with it; set "exif" in dataset.json to "apply" (labels match the turned picture) or to'
+                ' "ignore" (labels match the stored pixels)'
+            )
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            f"the photograph {path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits with a"
+            " window that suits its values"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            raise DataError(f"the photograph {path} is partly transparent; flatten it onto a background")
+    if spec.grey:
+        image = image.convert("L")
+    return image.convert("RGB")
+
+
+def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | None]:
+    """A label map with ids that are known to fit, and the table (int32) that turns them into the network's ids.
+
+    The ids are checked on the whole map, so that a wrong one is found even where shrinking would lose it.
+    Raises DataError for ids outside the classes, colours without a class, and pictures that are no map of ids.
+    """
+    image = _open(path, "label map")
+    if spec.label_colors is not None:
+        return _ids_from_colors(image, path, spec), spec.lookup_table(256 if spec.num_classes <= 256 else 65536)
+    if image.mode in ("L", "P", "1"):
+        if image.mode != "L":
+            image = Image.fromarray(np.asarray(image).astype(np.uint8))
+        present = np.flatnonzero(image.histogram())
+        table = spec.lookup_table(256)
+    elif image.mode.startswith("I"):
+        ids = np.asarray(image).astype(np.int32)
+        present = np.unique(ids)
+        table = spec.lookup_table(65536)
+        image = Image.fromarray(ids)
+    else:
+        raise DataError(
+            f"the label map {path} is a picture of mode {image.mode}, not of one id per pixel; store ids (mode L or P),"
+            ' or in dataset_mode custom describe its colours in dataset.json with "label_encoding": "colors"'
+        )
+    allowed = (present >= 0) & (present < len(table))
+    allowed[allowed] = table[present[allowed]] >= 0
+    if not allowed.all():
+        _refuse_ids(path, spec, present[~allowed])
+    return image, table
+
+
+def _refuse_ids(path: str, spec: DatasetSpec, ids: np.ndarray) -> None:
+    if spec.name == "custom":
+        remedy = 'raise --num_classes, or in dataset.json name an "ignore_id" or a "remap"'
+    else:
+        remedy = f"check --num_classes and that this is data for dataset_mode {spec.name}"
+    raise DataError(
+        f"the label map {path} has ids that do not fit num_classes {spec.num_classes}: {spec.describe_ids(ids)};"
+        f" {remedy}"
+    )
+
+
+def _ids_from_colors(image: Image.Image, path: str, spec: DatasetSpec) -> Image.Image:
+    """The ids of an RGB map in the classes' colours."""
+    pixels = np.asarray(image.convert("RGB")).astype(np.int32)
+    packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # [H, W]
+    colors = spec.label_colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    order = np.argsort(colors)
+    place = np.searchsorted(colors[order], packed).clip(max=len(colors) - 1)
+    wrong = colors[order][place] != packed
+    if wrong.any():
+        unknown = np.unique(packed[wrong])
+        shown = ", ".join(str((int(c) >> 16, int(c) >> 8 & 255, int(c) & 255)) for c in unknown[:5])
+        more = f", ... ({len(unknown)} in all; was it saved with smoothing?)" if len(unknown) > 5 else ""
+        raise DataError(
+            f"the label map {path} has colours that belong to no class: {shown}{more}; add them to dataset.json"
+        )
+    return Image.fromarray(order[place].astype(np.uint8 if len(colors) <= 256 else np.int32))
+
+
+def read_instances(path: str) -> Image.Image:
+    """An instance map at its full depth, mode I (int32)."""
+    image = _open(path, "instance map")
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        raise DataError(
+            f"the instance map {path} is a picture of mode {image.mode}; store one id per pixel, 8 or 16 bits"
+        )
+    return Image.fromarray(np.asarray(image).astype(np.int32))
