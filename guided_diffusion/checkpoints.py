@@ -247,7 +247,11 @@ def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path
     """
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    differing = [f"{n}: {list(state[n].shape)} in the file, {list(own[n].shape)} in the network" for n in own.keys() & state.keys() if state[n].shape != own[n].shape]
+    differing = [
+        f"{n}: {list(state[n].shape)} in the file, {list(own[n].shape)} in the network"
+        for n in own.keys() & state.keys()
+        if state[n].shape != own[n].shape
+    ]
     if not (missing or extra or differing):
         model.load_state_dict(state)
         return
@@ -260,7 +264,9 @@ def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path
         )
     first = "input_blocks.0.0.weight"
     if first in state and state[first].shape != own[first].shape:
-        parts.append(f"its first convolution has {state[first].shape[0]} channels, not {own[first].shape[0]} (num_channels)")
+        parts.append(
+            f"its first convolution has {state[first].shape[0]} channels, not {own[first].shape[0]} (num_channels)"
+        )
     if missing:
         parts.append(f"{len(missing)} weights are missing, for example {missing[0]}")
     if extra:
@@ -275,8 +281,10 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
     :raises CheckpointError: it is there, but damaged.
     """
-    path = os.path.join(os.path.dirname(checkpoint) or ".", CONFIG_NAME) if "://" not in checkpoint else (
-        checkpoint.rsplit("/", 1)[0] + "/" + CONFIG_NAME
+    path = (
+        os.path.join(os.path.dirname(checkpoint) or ".", CONFIG_NAME)
+        if "://" not in checkpoint
+        else (checkpoint.rsplit("/", 1)[0] + "/" + CONFIG_NAME)
     )
     if not blobfile.exists(path):
         return None

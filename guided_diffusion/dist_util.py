@@ -187,9 +187,7 @@ def _setup_mpi() -> World:
     return _connect(world, address, port, store=store)
 
 
-def _connect(
-    world: World, address: str, port: int, *, store: dist.Store | None = None, elastic: bool = False
-) -> World:
+def _connect(world: World, address: str, port: int, *, store: dist.Store | None = None, elastic: bool = False) -> World:
     if world.size == 1 and not elastic:
         return world
     if world.size == 1:
@@ -198,9 +196,7 @@ def _connect(
     # torchrun's agent may host the store itself.
     hosted = elastic and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if store is None:
-        store = dist.TCPStore(
-            address, port, world.size, is_master=world.is_main and not hosted, wait_for_workers=False
-        )
+        store = dist.TCPStore(address, port, world.size, is_master=world.is_main and not hosted, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an attempt before must not be read
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(

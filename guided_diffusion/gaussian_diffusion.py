@@ -98,7 +98,9 @@ class GaussianDiffusion:
         self.fixed_log_variance = np.log(np.append(first, betas[1:]))
         snr = self.alphas_cumprod / np.maximum(1.0 - self.alphas_cumprod, 1e-20)
         weight = np.minimum(snr, min_snr_gamma) if loss_weighting == "min_snr" else snr
-        self.loss_weights = np.ones_like(snr) if loss_weighting == "none" else (weight if predict_xstart else weight / snr)
+        self.loss_weights = (
+            np.ones_like(snr) if loss_weighting == "none" else (weight if predict_xstart else weight / snr)
+        )
         self._on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     # -- tables -------------------------------------------------------------------------------------------------------
@@ -116,7 +118,9 @@ class GaussianDiffusion:
 
     # -- q ------------------------------------------------------------------------------------------------------------
 
-    def q_mean_variance(self, x_start: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def q_mean_variance(
+        self, x_start: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0)."""
         variance = self._at("sqrt_one_minus_alphas_cumprod", t) ** 2
         return self._at("sqrt_alphas_cumprod", t) * x_start, variance, variance.log()

@@ -31,7 +31,9 @@ class Logger:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ImportError("--tensorboard True needs the package tensorboard: pip install tensorboard") from error
+                raise ImportError(
+                    "--tensorboard True needs the package tensorboard: pip install tensorboard"
+                ) from error
             self._writer = SummaryWriter(folder)
 
     def log(self, message: str) -> None:

@@ -108,7 +108,6 @@ def dynamic_thresholding(percentile: float) -> Callable[[torch.Tensor], torch.Te
     return threshold
 
 
-@torch.no_grad()
 def sample_loop(
     diffusion: Any,
     model: Callable[..., torch.Tensor],

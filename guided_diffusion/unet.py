@@ -15,115 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .nn import (
-    NORM_GROUPS,
-    Conv2d,
-    GroupNorm,
-    Linear,
-    PointwiseConv1d,
-    normalization,
-    timestep_embedding,
-    zero_module,
-)
-
-SPADE_HIDDEN_CHANNELS = 128
-
-
-class Layout:
-    """What SPADE reads of a layout: the map at each resolution, and each norm's scale and shift.
-
-    `y` is [N, L, H, W]: the one-hot classes, followed by the instance edges where the network has that channel. With
-    `keep` every (scale, shift) that is asked for is computed once and kept; without it (training) nothing is, so that
-    memory stays flat. A `y` of batch 1 serves any batch.
-    """
-
-    passes = 1
-
-    def __init__(self, y: torch.Tensor, keep: bool = False):
-        self.y = y
-        self.keep = keep
-        self._resized: dict[tuple[int, ...], torch.Tensor] = {}
-        self._modulations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def resized(self, size: Sequence[int]) -> torch.Tensor:
-        """The layout at (height, width) `size`, by nearest neighbour."""
-        size = tuple(size)
-        if size == tuple(self.y.shape[2:]):
-            return self.y
-        if size not in self._resized:
-            self._resized[size] = F.interpolate(self.y, size=size, mode="nearest")
-        return self._resized[size]
-
-    def modulation(self, norm: SPADEGroupNorm, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1 + scale, shift) of `norm` at `size`, each [N, C, h, w]."""
-        if norm.index in self._modulations:
-            return self._modulations[norm.index]
-        modulation = norm.modulation(self.resized(size))
-        if self.keep:
-            self._modulations[norm.index] = modulation
-        return modulation
-
-    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout (into `out`)."""
-        scale, shift = self.modulation(norm, x.shape[2:])
-        return torch.addcmul(shift, x, scale, out=out)
-
-    @property
-    def conditional(self) -> Layout:
-        """This layout without the null pass: itself."""
-        return self
-
-    def forget_map(self) -> None:
-        """Frees the one-hot maps once every modulation is kept."""
-        self._resized.clear()
-        self.y = self.y[..., :0]
-
-
-class GuidedLayout:
-    """A layout and the null layout side by side: one pass of the network yields both halves of guidance.
-
-    The middle block and decoder see a batch of 2N, conditional first; the null layout has batch 1 and is shared.
-    """
-
-    passes = 2
-
-    def __init__(self, conditional: Layout, null: Layout):
-        self.conditional = conditional
-        self.null = null
-
-    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
-        conditional, null = x.chunk(2)
-        if torch.is_grad_enabled():
-            return torch.cat([self.conditional.modulate(norm, conditional), self.null.modulate(norm, null)])
-        out = torch.empty_like(x)
-        self.conditional.modulate(norm, conditional, out=out[: len(conditional)])
-        self.null.modulate(norm, null, out=out[len(conditional) :])
-        return out
-
-
-class SPADEGroupNorm(nn.Module):
-    """Group norm without parameters, modulated by the layout (Park et al., arXiv 1903.07291, equation 1)."""
-
-    def __init__(self, channels: int, layout_channels: int, downsampling: int):
-        super().__init__()
-        self.channels = channels
-        self.downsampling = downsampling  # of the feature map that this norm acts on; for the prediction of memory
-        self.index = -1  # its place among the network's norms; the network sets it
-        self.param_free_norm = GroupNorm(NORM_GROUPS, channels, affine=False)
-        self.mlp_shared = nn.Sequential(Conv2d(layout_channels, SPADE_HIDDEN_CHANNELS, 3, padding=1), nn.ReLU())
-        self.mlp_gamma = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
-        self.mlp_beta = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
-
-    def modulation(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1 + scale, shift), each [N, C, h, w], from the layout [N, L, h, w]; both by one convolution."""
-        hidden = self.mlp_shared(y)
-        weight = torch.cat([self.mlp_gamma.weight, self.mlp_beta.weight]).to(hidden.dtype)
-        # The 1 of (1 + scale) rides on the bias. In float32, so that the sum is rounded only once.
-        bias = torch.cat([self.mlp_gamma.bias + 1.0, self.mlp_beta.bias]).to(hidden.dtype)
-        return F.conv2d(hidden, weight, bias, padding=1).chunk(2, dim=1)
-
-    def forward(self, x: torch.Tensor, layout: Layout | GuidedLayout) -> torch.Tensor:
-        return layout.modulate(self, self.param_free_norm(x))
+from .nn import Conv2d, Linear, PointwiseConv1d, normalization, timestep_embedding, zero_module
+from .spade import GuidedLayout, Layout, SPADEGroupNorm
 
 
 class Upsample(nn.Module):
@@ -193,9 +86,7 @@ class ResBlock(nn.Module):
             self.out_layers = nn.Sequential(normalization(out_channels), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if out_channels == channels else Conv2d(channels, out_channels, 1)
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None = None) -> torch.Tensor:
         """x [N, C, h, w], emb [N, E] -> [N, C', h', w']."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, layout, use_reentrant=False)
@@ -261,9 +152,7 @@ class AttentionBlock(nn.Module):
 class Stage(nn.Sequential):
     """One entry of the encoder or decoder: blocks in a row, each given what it reads."""
 
-    def forward(
-        self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None = None) -> torch.Tensor:
         for block in self:
             x = block(x, emb, layout) if isinstance(block, ResBlock) else block(x)
         return x
@@ -324,9 +213,7 @@ class UNetModel(nn.Module):
                 if channels % num_head_channels:
                     raise ValueError(f"num_head_channels={num_head_channels} does not divide the width {channels}")
                 heads = channels // num_head_channels
-            return AttentionBlock(
-                channels, heads, use_checkpoint=use_checkpoint, new_order=use_new_attention_order
-            )
+            return AttentionBlock(channels, heads, use_checkpoint=use_checkpoint, new_order=use_new_attention_order)
 
         self.time_embed = nn.Sequential(
             Linear(model_channels, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels)
@@ -432,7 +319,9 @@ class UNetModel(nn.Module):
 
     def modulation_bytes(self, height: int, width: int) -> int:
         """Bytes that `encode_layout` keeps per image of height x width."""
-        elements = sum(2 * n.channels * (height // n.downsampling) * (width // n.downsampling) for n in self.spade_norms())
+        elements = sum(
+            2 * n.channels * (height // n.downsampling) * (width // n.downsampling) for n in self.spade_norms()
+        )
         return elements * self.dtype.itemsize
 
     def _check_layout(self, y: torch.Tensor) -> None:
