@@ -136,6 +136,28 @@ def save_set(folder: str, step: int, contents: dict[str, Any], manifest: dict[st
         raise
 
 
+def update_best(folder: str, step: int, rates: list[str], losses: dict[str, float]) -> list[str]:
+    """Publishes the EMAs of `step` as ema_{rate}_best.pt where their loss is the lowest so far (or unknown).
+
+    best.json remembers step and loss. Returns the rates that were updated.
+    """
+    path = os.path.join(folder, "best.json")
+    best = _read_json(path)
+    updated = []
+    for rate in rates:
+        before = best.get(rate, {}).get("loss")
+        loss = losses.get(rate)
+        # not >=: a loss that is not a number is no improvement
+        if before is not None and (loss is None or not loss < before):
+            continue
+        publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
+        best[rate] = {"step": step, "loss": loss}
+        updated.append(rate)
+    if updated:
+        write_json(path, best)
+    return updated
+
+
 def file_hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
@@ -154,7 +176,7 @@ def prune(folder: str, keep: int) -> None:
     steps = _manifest_steps(folder)
     for step in steps[:-keep] if keep > 0 else []:
         manifest = os.path.join(folder, manifest_name(step))
-        names = _read_manifest(manifest).get("files", {})
+        names = _read_json(manifest).get("files", {})
         # The manifest first: a set that is half removed must not count.
         for path in (manifest, *(os.path.join(folder, name) for name in names)):
             with contextlib.suppress(FileNotFoundError):
@@ -178,7 +200,7 @@ def _manifest_steps(folder: str) -> list[int]:
     return sorted(int(match.group(1)) for name in os.listdir(folder) if (match := _MANIFEST.fullmatch(name)))
 
 
-def _read_manifest(path: str) -> dict[str, Any]:
+def _read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
@@ -188,7 +210,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
 
 def damage(folder: str, step: int) -> str | None:
     """What is wrong with the set of `step`; None where it is complete."""
-    manifest = _read_manifest(os.path.join(folder, manifest_name(step)))
+    manifest = _read_json(os.path.join(folder, manifest_name(step)))
     if "files" not in manifest:
         return f"{manifest_name(step)} cannot be read"
     for name, expected in manifest["files"].items():
@@ -210,7 +232,7 @@ def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] 
     for step in reversed(_manifest_steps(folder)):
         problem = damage(folder, step)
         if problem is None:
-            return _read_manifest(os.path.join(folder, manifest_name(step)))
+            return _read_json(os.path.join(folder, manifest_name(step)))
         warn(f"warning: the checkpoint of step {step} in {folder} is damaged ({problem}); trying the one before")
     return None
 
@@ -293,3 +315,20 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
             return json.load(file)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); restore it, or remove it and give all flags") from error
+
+
+def read_manifest(folder: str, step: int) -> dict[str, Any]:
+    """The manifest of `step`; empty where there is none (a checkpoint of another program)."""
+    return _read_json(os.path.join(folder, manifest_name(step)))
+
+
+def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:
+    """The settings that a new start is bound to, and the file they stand in: those of the run in `logdir`, else those
+    beside the checkpoint to start from, else none."""
+    if _manifest_steps(logdir):
+        return read_config(os.path.join(logdir, "model.pt")), os.path.join(logdir, CONFIG_NAME)
+    if resume_checkpoint:
+        if not blobfile.exists(resume_checkpoint):
+            raise CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
+        return read_config(resume_checkpoint), f"{CONFIG_NAME} beside {resume_checkpoint}"
+    return None, ""

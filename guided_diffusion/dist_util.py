@@ -136,6 +136,18 @@ class World:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def report_errors(world: World, expected: tuple[type[Exception], ...]) -> Iterator[None]:
+    """`world.guard()`; for the errors a user can mend, their message alone and exit status 1 in place of a trace."""
+    try:
+        with world.guard():
+            yield
+    except RemoteError as error:
+        sys.exit(f"rank {world.rank}: ending, because {error}")
+    except expected as error:
+        sys.exit(f"error: {error}")
+
+
 class RemoteError(RuntimeError):
     """Something failed on another rank, which has said what."""
 
