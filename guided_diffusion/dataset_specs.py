@@ -269,6 +269,9 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None) -> Data
         colors[ignore_class] = (0, 0, 0)
     if not names and num_classes is None:
         raise DataError(f"dataset_mode custom needs num_classes, or classes in {path}")
+    for stored, network in remap.items():
+        if network >= (num_classes or len(names)):
+            raise DataError(f"{path}: remap sends {stored} to {network}, which is not below the number of classes")
     count = len(names) or num_classes
     names = names or [f"class {i}" for i in range(count)]
     encoding = settings.get("label_encoding", "ids")

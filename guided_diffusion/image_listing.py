@@ -132,27 +132,34 @@ def list_files(folder: str, suffix: str, nested: bool, extensions: tuple[str, ..
 
 def _walk(folder: str, nested: bool) -> Iterator[tuple[str, str]]:
     """(path, name) of the files in a folder, and with `nested` of those one level below it."""
-    for entry in _scan(folder):
-        if entry.name.startswith("."):
-            continue
-        try:
-            if entry.is_file():
-                yield entry.path, entry.name
-            elif entry.is_dir():
-                if nested:
-                    yield from _walk(entry.path, False)
-            elif not os.path.exists(entry.path):
+    for path, name, is_file, is_folder in _scan_remote(folder) if is_remote(folder) else _scan_local(folder):
+        if is_file:
+            yield path, name
+        elif is_folder and nested:
+            yield from _walk(path, False)
+
+
+def _scan_remote(folder: str) -> Iterator[tuple[str, str, bool, bool]]:
+    for entry in blobfile.scandir(folder):
+        if not entry.name.startswith("."):
+            yield entry.path, entry.name, entry.is_file, entry.is_dir
+
+
+def _scan_local(folder: str) -> Iterator[tuple[str, str, bool, bool]]:
+    """(path, name, is a file, is a folder) of what is not hidden; links that lead nowhere are errors."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_file, is_folder = entry.is_file(), entry.is_dir()
+            except OSError as error:
+                raise DataError(
+                    f"{entry.path} cannot be followed ({error.strerror}); is it a link to itself?"
+                ) from error
+            if entry.is_symlink() and not (is_file or is_folder):
                 raise DataError(f"{entry.path} is a link to nothing; remove it or restore what it points to")
-        except OSError as error:  # a link that leads back to itself
-            raise DataError(f"{entry.path} cannot be followed ({error.strerror}); is it a link to itself?") from error
-
-
-def _scan(folder: str) -> Iterator[os.DirEntry]:
-    if is_remote(folder):
-        yield from blobfile.scandir(folder)
-    else:
-        with os.scandir(folder) as entries:
-            yield from entries
+            yield entry.path, entry.name, is_file, is_folder
 
 
 def _join(*parts: str) -> str:
@@ -200,13 +207,9 @@ def _check_partners(
     extra = sorted(others.keys() - files.keys())
     problems = []
     if lonely:
-        problems.append(
-            f"{_count(lonely, kind)} in {folder} without a {other} in {other_folder}: {_some(files, lonely)}"
-        )
+        problems.append(f"{_count(lonely, kind)} in {folder} with no {other} in {other_folder}: {_some(files, lonely)}")
     if extra:
-        problems.append(
-            f"{_count(extra, other)} in {other_folder} without a {kind} in {folder}: {_some(others, extra)}"
-        )
+        problems.append(f"{_count(extra, other)} in {other_folder} with no {kind} in {folder}: {_some(others, extra)}")
     if problems:
         raise DataError("; ".join(problems) + f". Files pair by name; add the missing ones or remove the extra{remedy}")
 
