@@ -10,13 +10,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .dataset_specs import DataError, DatasetSpec, MissingSplitError, get_spec
-from .image_listing import Item, expected_layout, list_items, list_label_items
+from .image_listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
 from .image_transforms import Geometry, read_image, read_instances, read_label, sampling_geometry, training_geometry
 
 __all__ = [
@@ -175,6 +176,10 @@ def open_dataset(
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")
     else:
         items = list_items(spec, data_dir, split, use_instances)
+        cache = read_cache_settings(data_dir)
+        if cache is not None:
+            _check_cache(data_dir, cache, dataset_mode, image_size, scale_jitter)
+            spec = replace(spec, label_scale=True)  # photographs are shrunk further than their label maps
     return LayoutDataset(
         spec,
         items,
@@ -187,6 +192,18 @@ def open_dataset(
         skip_bad=skip_bad,
         use_instances=use_instances,
     )
+
+
+def _check_cache(data_dir, cache: dict, dataset_mode: str, image_size: int, scale_jitter: float) -> None:
+    """A cache serves the image size it was made for, and no more jitter than it was made for."""
+    asked = f"dataset_mode {dataset_mode}, image_size {image_size}, scale_jitter {scale_jitter}"
+    if (
+        cache["dataset_mode"] != dataset_mode
+        or cache["image_size"] != image_size
+        or (scale_jitter > cache["scale_jitter"])
+    ):
+        made = ", ".join(f"{key} {cache[key]}" for key in ("dataset_mode", "image_size", "scale_jitter"))
+        raise DataError(f"the cache {data_dir} was made for {made}, not for {asked}; make another or use the original")
 
 
 class _Loadable(Dataset):

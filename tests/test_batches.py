@@ -1,6 +1,7 @@
 """The order of samples: global positions, ranks, resuming, workers and their end, class balance."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -45,6 +46,12 @@ def test_two_ranks_see_what_one_sees_with_twice_the_batch(dataset, workers):
         assert_same(whole, {key: torch.cat([left[key], right[key]]) for key in whole})
     assert [b["position"].tolist() for b in one[:2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert set(one[0]) == {"image", "label", "instance", "position"} and one[0]["image"].shape == (4, 3, 8, 8)
+
+
+def test_datasets_travel_to_workers_that_are_started_anew(dataset):
+    here, there = dataset[2], pickle.loads(pickle.dumps(dataset))[2]
+    assert here.pop("name") == there.pop("name")
+    assert_same(here, there)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
