@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import blobfile
 import numpy as np
@@ -41,7 +40,7 @@ class FolderLayout:
     instance_suffix: str = ""
     nested: bool = False  # one more level of folders below (Cityscapes' cities)
     splits: Mapping[str, tuple[str, ...]] = field(  # split -> names of its folder, the first that exists is taken
-        default_factory=lambda: MappingProxyType({"train": ("train", "training"), **_EVALUATION})
+        default_factory=lambda: {"train": ("train", "training"), **_EVALUATION}
     )
 
 
@@ -154,7 +153,7 @@ def _benchmark(mode: str) -> DatasetSpec:
             "_gtFine_labelIds",
             "_gtFine_instanceIds",
             nested=True,
-            splits=MappingProxyType({"train": ("train",), "val": ("val",), "test": ("val",)}),
+            splits={"train": ("train",), "val": ("val",), "test": ("val",)},
         )
         return DatasetSpec(**known, layout=layout, ignore_class=0, instances="files", crop="keep_aspect")
     if mode == "celeba":  # photographs of 1024 x 1024 with label maps of 512 x 512
@@ -269,6 +268,9 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None) -> Data
         colors[ignore_class] = (0, 0, 0)
     if not names and num_classes is None:
         raise DataError(f"dataset_mode custom needs num_classes, or classes in {path}")
+    for stored, network in remap.items():
+        if network >= (num_classes or len(names)):
+            raise DataError(f"{path}: remap sends {stored} to {network}, which is not below the number of classes")
     count = len(names) or num_classes
     names = names or [f"class {i}" for i in range(count)]
     encoding = settings.get("label_encoding", "ids")

@@ -10,13 +10,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .dataset_specs import DataError, DatasetSpec, MissingSplitError, get_spec
-from .image_listing import Item, expected_layout, list_items, list_label_items
+from .image_listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
 from .image_transforms import Geometry, read_image, read_instances, read_label, sampling_geometry, training_geometry
 
 __all__ = [
@@ -74,7 +75,8 @@ class LayoutDataset(Dataset):
         label, table = read_label(item.label, spec)
         image = None if item.image is None else read_image(item.image, spec)
         size = label.size if image is None else image.size
-        self._check_sizes(item.image, size, item.label, label.size)
+        if image is not None:
+            self._check_sizes(item.image, size, item.label, label.size)
         geometry = self._geometry(size, position)
         sample = {"name": item.name}
         if image is not None:
@@ -85,7 +87,11 @@ class LayoutDataset(Dataset):
             sample["instance"] = torch.from_numpy(ids)
             if item.instance is not None:
                 instances = read_instances(item.instance)
-                self._check_sizes(item.label, label.size, item.instance, instances.size)
+                if instances.size != label.size:
+                    raise DataError(
+                        f"{item.instance} is {instances.width} x {instances.height} but {item.label} is {label.width} x"
+                        f" {label.height}; they must have one size"
+                    )
                 sample["instance"] = torch.from_numpy(geometry.apply_to_map(instances)[None])
         shape = tuple(sample["label"].shape[1:])
         if shape != self.shape:
@@ -109,18 +115,17 @@ class LayoutDataset(Dataset):
             scale_jitter=self.scale_jitter,
         )
 
-    def _check_sizes(self, path: str | None, size: tuple[int, int], other_path: str, other: tuple[int, int]) -> None:
+    def _check_sizes(self, path: str, size: tuple[int, int], other_path: str, other: tuple[int, int]) -> None:
+        if size == other:
+            return
         same_aspect = abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)  # to a pixel's rounding
-        if size != other and not (self.spec.label_scale and same_aspect):
-            remedy = (
-                'same aspect: set "label_scale": true in dataset.json'
-                if self.spec.name == "custom" and same_aspect
-                else ""
-            )
-            raise DataError(
-                f"{path} is {size[0]} x {size[1]} but {other_path} is {other[0]} x {other[1]}; they must have one size"
-                + (f" ({remedy})" if remedy else "")
-            )
+        if self.spec.label_scale and same_aspect:
+            return
+        hint = ' (or, as their aspect is the same, set "label_scale": true in dataset.json)'
+        raise DataError(
+            f"{path} is {size[0]} x {size[1]} but {other_path} is {other[0]} x {other[1]}; they must have one size"
+            + (hint if self.spec.name == "custom" and same_aspect else "")
+        )
 
     def _first_shape(self) -> tuple[int, int]:
         """(H, W) of every sample; with the aspect kept, that of the first readable item."""
@@ -175,6 +180,10 @@ def open_dataset(
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")
     else:
         items = list_items(spec, data_dir, split, use_instances)
+        cache = read_cache_settings(data_dir)
+        if cache is not None:
+            _check_cache(data_dir, cache, dataset_mode, image_size, scale_jitter)
+            spec = replace(spec, label_scale=True)  # photographs are shrunk further than their label maps
     return LayoutDataset(
         spec,
         items,
@@ -187,6 +196,18 @@ def open_dataset(
         skip_bad=skip_bad,
         use_instances=use_instances,
     )
+
+
+def _check_cache(data_dir, cache: dict, dataset_mode: str, image_size: int, scale_jitter: float) -> None:
+    """A cache serves the image size it was made for, and no more jitter than it was made for."""
+    asked = f"dataset_mode {dataset_mode}, image_size {image_size}, scale_jitter {scale_jitter}"
+    if (
+        cache["dataset_mode"] != dataset_mode
+        or cache["image_size"] != image_size
+        or (scale_jitter > cache["scale_jitter"])
+    ):
+        made = ", ".join(f"{key} {cache[key]}" for key in ("dataset_mode", "image_size", "scale_jitter"))
+        raise DataError(f"the cache {data_dir} was made for {made}, not for {asked}; make another or use the original")
 
 
 class _Loadable(Dataset):

@@ -5,6 +5,7 @@ through blobfile.
 """
 
 import io
+import json
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from .dataset_specs import SPLITS, DataError, DatasetSpec, MissingSplitError
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAP_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: an id must come back as it was stored
 _LOSSY = (".jpg", ".jpeg", ".webp")
+CACHE_FILE = "cache.json"
 _NAMED = 5  # files named in a message
 
 
@@ -57,7 +59,7 @@ def list_items(spec: DatasetSpec, data_dir: str | os.PathLike, split: str, use_i
     root = os.fspath(data_dir)
     folder = _split_folder(spec, root, split)
     layout = spec.layout
-    image_dir, label_dir = (_join(root, part.format(split=folder)) for part in (layout.images, layout.labels))
+    image_dir, label_dir = (join(root, part.format(split=folder)) for part in (layout.images, layout.labels))
     images = list_files(image_dir, layout.image_suffix, layout.nested, IMAGE_EXTENSIONS)
     labels = list_files(label_dir, layout.label_suffix, layout.nested, MAP_EXTENSIONS)
     _check_partners("photograph", image_dir, images, "label map", label_dir, labels)
@@ -69,7 +71,7 @@ def list_items(spec: DatasetSpec, data_dir: str | os.PathLike, split: str, use_i
         )
     instances: dict[str, str] = {}
     if use_instances and spec.instances in ("files", "optional"):
-        instance_dir = _join(root, layout.instances.format(split=folder))
+        instance_dir = join(root, layout.instances.format(split=folder))
         if spec.instances == "files" or _is_dir(instance_dir):
             instances = list_files(instance_dir, layout.instance_suffix, layout.nested, MAP_EXTENSIONS)
             remedy = "; without instance maps, use --no_instance True"
@@ -95,7 +97,7 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
     instances: dict[str, str] = {}
     if use_instances and spec.instances in ("files", "optional"):
         parent, name = os.path.split(folder)
-        beside = _join(
+        beside = join(
             parent, name.replace("labels", "instances") if "labels" in name else name.replace("label", "inst")
         )
         if suffix:
@@ -132,30 +134,38 @@ def list_files(folder: str, suffix: str, nested: bool, extensions: tuple[str, ..
 
 def _walk(folder: str, nested: bool) -> Iterator[tuple[str, str]]:
     """(path, name) of the files in a folder, and with `nested` of those one level below it."""
-    for entry in _scan(folder):
-        if entry.name.startswith("."):
-            continue
-        try:
-            if entry.is_file():
-                yield entry.path, entry.name
-            elif entry.is_dir():
-                if nested:
-                    yield from _walk(entry.path, False)
-            elif not os.path.exists(entry.path):
+    for path, name, is_file, is_folder in _scan_remote(folder) if is_remote(folder) else _scan_local(folder):
+        if is_file:
+            yield path, name
+        elif is_folder and nested:
+            yield from _walk(path, False)
+
+
+def _scan_remote(folder: str) -> Iterator[tuple[str, str, bool, bool]]:
+    for entry in blobfile.scandir(folder):
+        if not entry.name.startswith("."):
+            yield entry.path, entry.name, entry.is_file, entry.is_dir
+
+
+def _scan_local(folder: str) -> Iterator[tuple[str, str, bool, bool]]:
+    """(path, name, is a file, is a folder) of what is not hidden; links that lead nowhere are errors."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_file, is_folder = entry.is_file(), entry.is_dir()
+            except OSError as error:
+                raise DataError(
+                    f"{entry.path} cannot be followed ({error.strerror}); is it a link to itself?"
+                ) from error
+            if entry.is_symlink() and not (is_file or is_folder):
                 raise DataError(f"{entry.path} is a link to nothing; remove it or restore what it points to")
-        except OSError as error:  # a link that leads back to itself
-            raise DataError(f"{entry.path} cannot be followed ({error.strerror}); is it a link to itself?") from error
+            yield entry.path, entry.name, is_file, is_folder
 
 
-def _scan(folder: str) -> Iterator[os.DirEntry]:
-    if is_remote(folder):
-        yield from blobfile.scandir(folder)
-    else:
-        with os.scandir(folder) as entries:
-            yield from entries
-
-
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+    """A path below a local folder or a bucket."""
     return blobfile.join(*parts) if is_remote(parts[0]) else os.path.join(*parts)
 
 
@@ -173,6 +183,17 @@ def expected_layout(spec: DatasetSpec) -> str:
     return f"the layout of dataset_mode {spec.name} is " + ", ".join(folders)
 
 
+def read_cache_settings(data_dir: str | os.PathLike) -> dict | None:
+    """What `scripts/cache_dataset.py` noted in the `cache.json` of a folder that it made; None for other folders."""
+    path = join(os.fspath(data_dir), CACHE_FILE)
+    if not (blobfile.exists(path) if is_remote(path) else os.path.exists(path)):
+        return None
+    settings = json.loads(read_bytes(path))
+    if not settings["complete"]:
+        raise DataError(f"the cache {data_dir} is unfinished; run scripts/cache_dataset.py again to go on")
+    return settings
+
+
 def _split_folder(spec: DatasetSpec, root: str, split: str) -> str:
     """The name of the split's folder: the first of the spec's candidates whose photographs or labels are there."""
     if split not in SPLITS:
@@ -181,14 +202,14 @@ def _split_folder(spec: DatasetSpec, root: str, split: str) -> str:
         raise MissingSplitError(f"the data folder {root} does not exist; {expected_layout(spec)}")
     names = spec.layout.splits[split]
     for name in names:
-        folders = [_join(root, part.format(split=name)) for part in (spec.layout.images, spec.layout.labels)]
+        folders = [join(root, part.format(split=name)) for part in (spec.layout.images, spec.layout.labels)]
         present = [_is_dir(folder) for folder in folders]
         if all(present):
             return name
         if any(present):
             missing, there = folders[present.index(False)], folders[present.index(True)]
             raise DataError(f"{there} exists, but {missing} does not; {expected_layout(spec)}")
-    tried = ", ".join(_join(root, spec.layout.images.format(split=name)) for name in names)
+    tried = ", ".join(join(root, spec.layout.images.format(split=name)) for name in names)
     raise MissingSplitError(f"{root} has no {split} split (looked for {tried}); {expected_layout(spec)}")
 
 
@@ -200,13 +221,9 @@ def _check_partners(
     extra = sorted(others.keys() - files.keys())
     problems = []
     if lonely:
-        problems.append(
-            f"{_count(lonely, kind)} in {folder} without a {other} in {other_folder}: {_some(files, lonely)}"
-        )
+        problems.append(f"{_count(lonely, kind)} in {folder} with no {other} in {other_folder}: {_some(files, lonely)}")
     if extra:
-        problems.append(
-            f"{_count(extra, other)} in {other_folder} without a {kind} in {folder}: {_some(others, extra)}"
-        )
+        problems.append(f"{_count(extra, other)} in {other_folder} with no {kind} in {folder}: {_some(others, extra)}")
     if problems:
         raise DataError("; ".join(problems) + f". Files pair by name; add the missing ones or remove the extra{remedy}")
 

@@ -89,6 +89,26 @@ def training_geometry(
     return Geometry(resized, (left, top, left + width, top + height), bool(random_flip and draw_flip < 0.5))
 
 
+def whole_picture(training: bool, crop: str, scale_jitter: float) -> bool:
+    """Whether the transform resizes the whole picture, in the same way each time."""
+    return not training or (crop == "keep_aspect" and scale_jitter == 0)
+
+
+def cached_image(image: Image.Image, image_size: int, crop: str, training: bool, scale_jitter: float) -> Image.Image:
+    """The part of a photograph's resizing that every later use at `image_size` begins with, done once.
+
+    The whole resizing where it is the same each time (sampling; training with the aspect kept and no jitter), else the
+    halvings that even the largest crop's side asks for. Either is a prefix of the same steps, hence exact.
+    """
+    if whole_picture(training, crop, scale_jitter):
+        return Image.fromarray(sampling_geometry(image.size, image_size, crop).apply_to_image(image))
+    side = image_size if crop == "keep_aspect" else math.ceil(image_size / _MIN_CROP)
+    largest = round(side * (1 + scale_jitter))
+    while min(image.size) >= 2 * largest:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
 def _open(path: str, kind: str) -> Image.Image:
     """The decoded picture; whatever goes wrong becomes a DataError that names the file."""
     try:
@@ -164,13 +184,14 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
 
 
 def _refuse_ids(path: str, spec: DatasetSpec, ids: np.ndarray) -> None:
+    known = f"the classes are 0 ({spec.class_names[0]}) to {spec.num_classes - 1} ({spec.class_names[-1]})"
     if spec.name == "custom":
         remedy = 'raise --num_classes, or in dataset.json name an "ignore_id" or a "remap"'
     else:
         remedy = f"check --num_classes and that this is data for dataset_mode {spec.name}"
     raise DataError(
         f"the label map {path} has ids that do not fit num_classes {spec.num_classes}: {spec.describe_ids(ids)};"
-        f" {remedy}"
+        f" {known}; {remedy}"
     )
 
 
