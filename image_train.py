@@ -43,7 +43,7 @@ def main() -> None:
         logger.log(f"log directory: {os.path.abspath(logdir)}")
         logger.log(world.describe())
         torch.manual_seed(config.seed)
-        model = create_model(model_config)
+        model = create_model(model_config, diffusion_config.learn_sigma)
         model.check_size(*dataset.shape)
         logger.log(
             f"{len(dataset)} training images of {dataset.shape[0]}x{dataset.shape[1]}, {model_config.num_classes} "

@@ -275,7 +275,8 @@ def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path
         if state[n].shape != own[n].shape
     ]
     if not (missing or extra or differing):
-        model.load_state_dict(state)
+        # assign: a network on the meta device takes the tensors as they are
+        model.load_state_dict(state, assign=next(model.parameters()).is_meta)
         return
     layout = "middle_block.0.in_norm.mlp_shared.0.weight"
     parts = []

@@ -188,6 +188,14 @@ class SampleConfig:
     compile: bool = setting(False, "torch.compile the network: slow to start, faster afterwards")
     overwrite: bool = setting(False, "make images again that are there already")
 
+    def check(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        if not self.model_path:
+            raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
+        for name in ("num_samples", "samples_per_layout", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+
 
 Config = TypeVar("Config")
 
@@ -277,8 +285,11 @@ def resolve_precision(precision: str, use_fp16: bool) -> str:
 # -- builders ---------------------------------------------------------------------------------------------------------
 
 
-def create_model(config: ModelConfig) -> UNetModel:
-    """The network, in float32. :raises ConfigError: settings that do not make one."""
+def create_model(config: ModelConfig, learn_sigma: bool) -> UNetModel:
+    """The network, in float32; with `learn_sigma` its output has a second half for the variance.
+
+    :raises ConfigError: settings that do not make a network.
+    """
     if not config.class_cond:
         raise ConfigError("class_cond False: SDM is always conditioned on the layout; leave the flag out")
     if config.num_classes < 1:
@@ -286,7 +297,7 @@ def create_model(config: ModelConfig) -> UNetModel:
     try:
         return UNetModel(
             model_channels=config.num_channels,
-            out_channels=3,
+            out_channels=6 if learn_sigma else 3,
             layout_channels=config.layout_channels(),
             num_res_blocks=config.num_res_blocks,
             attention_downsamplings=config.attention_downsamplings(),
@@ -346,7 +357,7 @@ def create_model_and_diffusion(**kwargs: Any) -> tuple[UNetModel, SpacedDiffusio
     if unknown:
         raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
     model_config, diffusion_config = build_config(ModelConfig, kwargs), build_config(DiffusionConfig, kwargs)
-    model = create_model(dataclasses.replace(model_config))
+    model = create_model(model_config, diffusion_config.learn_sigma)
     if model_config.use_fp16:
         model.convert_to_fp16()
     return model, create_gaussian_diffusion(diffusion_config)

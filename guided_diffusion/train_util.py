@@ -98,9 +98,7 @@ class TrainLoop:
         self.network: torch.nn.Module = self.model
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
-            self.network = DistributedDataParallel(
-                self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.network = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
         if config.compile:
             self.network = torch.compile(self.network)
         self.validation = None
