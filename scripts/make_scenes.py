@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from preparation import PreparationError, available_cpus, run_parallel, write_json, write_png
+from preparation import PreparationError, available_cpus, clear_errors, open_output, run_parallel, write_json, write_png
 from scene_painting import CLASSES, paint_scene
 
 SPLITS = {"train": 0, "val": 1}
@@ -47,12 +47,7 @@ def make_scenes(out: Path, size: int, counts: dict[str, int], seed: int, workers
     if min(counts.values()) < 1:
         raise PreparationError(f"every split needs at least one scene, got {counts}")
     names = {split: {_file_name(index) for index in range(count)} for split, count in counts.items()}
-    others = sorted(file for split in SPLITS for file in out.glob(f"{split}/*/*.png") if file.name not in names[split])
-    if others:
-        raise PreparationError(f"{others[0]} is not one of the scenes asked for: remove {out} or choose another --out")
-    for split in SPLITS:
-        for kind in ("images", "labels"):
-            (out / split / kind).mkdir(parents=True, exist_ok=True)
+    open_output(out, {f"{split}/{kind}": names[split] for split in SPLITS for kind in ("images", "labels")})
     jobs = [(out, seed, split, index, size) for split, count in counts.items() for index in range(count)]
     run_parallel(_write_scene, jobs, workers, f"painting scenes into {out}")
     classes = [{"name": name, "color": list(color)} for name, color in CLASSES]
@@ -68,10 +63,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed paints other scenes")
     parser.add_argument("--workers", type=int, default=available_cpus(), help="processes")
     args = parser.parse_args()
-    try:
+    with clear_errors("make_scenes"):
         make_scenes(args.out, args.size, {"train": args.train, "val": args.val}, args.seed, args.workers)
-    except PreparationError as error:
-        raise SystemExit(f"make_scenes: {error}") from None
     print(
         f"{args.train} train and {args.val} val scenes of {args.size}x{args.size}, {len(CLASSES)} classes: {args.out}"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from preparation import PreparationError, write_json
+from preparation import PreparationError, clear_errors, write_json
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import cKDTree
 
@@ -146,10 +146,8 @@ def main() -> None:
     parser.add_argument("--centres", type=int, default=8, help="colours per class")
     parser.add_argument("--seed", type=int, default=0, help="of the k-means centres and of the shuffling")
     args = parser.parse_args()
-    try:
+    with clear_errors("score_scenes"):
         figures = score(args.results, args.data, args.centres, args.seed)
-    except PreparationError as error:
-        raise SystemExit(f"score_scenes: {error}") from None
     print_table(figures)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(figures, args.json)

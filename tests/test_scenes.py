@@ -75,7 +75,7 @@ def test_command_makes_the_same_files_again_and_refuses_others(scenes, tmp_path)
     assert sorted(p.name for p in (tmp_path / "a/train/images").iterdir()) == [f"{i:05d}.png" for i in range(5)]
     assert (tmp_path / "a/val/images/00002.png").read_bytes() == (scenes / "val/images/00002.png").read_bytes()
     fewer = subprocess.run([*command[:-3], "4", *command[-2:]], capture_output=True, text=True)
-    assert fewer.returncode and "00004.png is not one of the scenes" in fewer.stderr and "Traceback" not in fewer.stderr
+    assert fewer.returncode and "00004.png does not belong there" in fewer.stderr and "Traceback" not in fewer.stderr
 
 
 @pytest.mark.parametrize(("size", "counts"), [(4, {"train": 1, "val": 1}), (32, {"train": 0, "val": 1})])
