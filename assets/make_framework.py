@@ -32,7 +32,7 @@ PLAIN = ("#F4F6F8", "#8A96A3")
 
 def example(size: int = 144) -> dict[str, np.ndarray]:
     """The pictures shown: a scene, its label map in colours, its edges, and the scene at several noise levels."""
-    image, labels = draw(0, "val", 22, size)
+    image, labels = draw(0, "val", 38, size)
     edges = np.zeros(labels.shape, bool)
     for axis in (0, 1):
         changes = np.diff(labels.astype(int), axis=axis) != 0

@@ -7,6 +7,8 @@ reduced: colours by area, class ids by majority.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -68,8 +70,8 @@ PALETTES: dict[str, np.ndarray] = {
         ),
     }.items()
 }
-TIMES = ("day", "sunset", "night")
-TIME_SHARES = (0.5, 0.3, 0.2)
+TIMES = {"day": 0.5, "sunset": 0.3, "night": 0.2}  # with their shares where all are asked for
+WARMEST_DAY = 0.35  # how far the light of a day may go towards sunset
 
 
 def smooth_noise(rng: np.random.Generator, side: int, cells: tuple[int, int]) -> np.ndarray:
@@ -100,7 +102,9 @@ class Canvas:
 
     def __init__(self, rng: np.random.Generator, side: int, time: str) -> None:
         self.rng, self.side = rng, side
-        self.palette = np.clip(PALETTES[time] + rng.normal(0, 4, (len(CLASSES), 1, 3)), 0, 255).astype(np.float32)
+        warmth = rng.uniform(0, WARMEST_DAY) * (time == "day")
+        palette = PALETTES[time] + warmth * (PALETTES["sunset"] - PALETTES[time])
+        self.palette = np.clip(palette + rng.normal(0, 4, (len(CLASSES), 1, 3)), 0, 255).astype(np.float32)
         centres = (np.arange(side, dtype=np.float32) + 0.5) / side
         self.x, self.y = centres[None, :], centres[:, None]
         self.image = np.zeros((side, side, 3), np.float32)
@@ -297,9 +301,13 @@ def reduce(image: np.ndarray, labels: np.ndarray, size: int) -> tuple[np.ndarray
     return np.clip(np.rint(colours), 0, 255).astype(np.uint8), majority
 
 
-def paint_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Paints one scene: image [size, size, 3] uint8 and label map [size, size] uint8 with ids into CLASSES."""
-    time = rng.choice(TIMES, p=TIME_SHARES)
+def paint_scene(rng: np.random.Generator, size: int, times: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Paints one scene: image [size, size, 3] uint8 and label map [size, size] uint8 with ids into CLASSES.
+
+    times: the times of day (of TIMES) to choose from; the composition does not depend on them.
+    """
+    shares = np.array([TIMES[time] for time in times])
+    time = rng.choice(times, p=shares / shares.sum())
     horizon = rng.uniform(0.22, 0.72)
     canvas = Canvas(rng, size * OVERSAMPLING, time)
     sun_x, _ = paint_sky(canvas, horizon, time)

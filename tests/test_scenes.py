@@ -15,7 +15,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from make_scenes import draw, make_scenes  # noqa: E402
 from preparation import PreparationError  # noqa: E402
-from scene_painting import CLASSES  # noqa: E402
+from scene_painting import CLASSES, TIMES  # noqa: E402
 from score_scenes import Palette, derangement, score  # noqa: E402
 
 
@@ -78,10 +78,23 @@ def test_command_makes_the_same_files_again_and_refuses_others(scenes, tmp_path)
     assert fewer.returncode and "00004.png does not belong there" in fewer.stderr and "Traceback" not in fewer.stderr
 
 
-@pytest.mark.parametrize(("size", "counts"), [(4, {"train": 1, "val": 1}), (32, {"train": 0, "val": 1})])
-def test_impossible_data_sets_are_refused_before_anything_is_written(tmp_path, size, counts):
+def test_times_of_day_change_the_colours_and_not_the_composition():
+    for index in range(4):
+        scenes = {time: draw(0, "train", index, 32, [time]) for time in TIMES}
+        assert all((labels == scenes["day"][1]).all() for _, labels in scenes.values())
+        brightness = {time: image[labels == 0].mean() for time, (image, labels) in scenes.items()}  # of the sky
+        assert brightness["night"] < 110 < 150 < min(brightness["day"], brightness["sunset"])
+    mixed = [draw(0, "train", index, 32, list(TIMES))[0] for index in range(12)]
+    assert min(m[:8].mean() for m in mixed) < 110 and max(m[:8].mean() for m in mixed) > 150
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": 4}, {"counts": {"train": 0, "val": 1}}, {"times": ["dusk"]}, {"times": []}], ids=str
+)
+def test_impossible_data_sets_are_refused_before_anything_is_written(tmp_path, change):
+    settings = {"size": 32, "counts": {"train": 1, "val": 1}, "seed": 0, "workers": 1}
     with pytest.raises(PreparationError):
-        make_scenes(tmp_path / "data", size=size, counts=counts, seed=0, workers=1)
+        make_scenes(tmp_path / "data", **settings | change)
     assert not (tmp_path / "data").exists()
 
 
