@@ -85,7 +85,7 @@ class LayoutDataset(Dataset):
         size = label.size if image is None else image.size
         if image is not None:
             check_sizes(spec, item.image, size, item.label, label.size, spec.label_scale)
-        geometry = self._geometry(size, position)
+        geometry = self.geometry(size, position)
         sample = {"name": item.name}
         if image is not None:
             sample["image"] = torch.from_numpy(geometry.apply_to_image(image).transpose(2, 0, 1).copy())
@@ -106,7 +106,8 @@ class LayoutDataset(Dataset):
             )
         return sample
 
-    def _geometry(self, size: tuple[int, int], position: int) -> Geometry:
+    def geometry(self, size: tuple[int, int], position: int) -> Geometry:
+        """The transform of a photograph of `size` (width, height) at a global position."""
         if not self.training:
             return sampling_geometry(size, self.image_size, self.spec.crop)
         return training_geometry(

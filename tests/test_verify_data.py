@@ -124,10 +124,7 @@ def test_maps_from_cityscapes_polygons(tmp_path):
     for path in sorted((tmp_path / "gtFine").rglob("*_labelIds.png")):
         whole = [[0, 0], [63, 0], [63, 31], [0, 31]]
         square = [[8, 4], [23, 4], [23, 19], [8, 19]]
-        objects = [
-            {"label": "sky", "polygon": [[0, 0], [63, 0], [63, 31], [0, 31]]},
-            {"label": "car", "polygon": square},
-        ]
+        objects = [{"label": "sky", "polygon": whole}, {"label": "car", "polygon": square}]
         scene = {"imgWidth": 64, "imgHeight": 32, "objects": objects}
         path.with_name(path.name.replace("_labelIds.png", "_polygons.json")).write_text(json.dumps(scene))
     for path in [*tmp_path.rglob("city_0*Ids.png"), *tmp_path.rglob("city_2*labelIds.png")]:
