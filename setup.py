@@ -1,3 +1,5 @@
+import pathlib
+
 from setuptools import setup
 
 TEST_PEERS = ["pytorch-fid", "diffusers", "torchmetrics", "scikit-learn", "pycocotools"]
@@ -6,7 +8,7 @@ setup(
     name="semantic-diffusion-model",
     version="0.1.0",
     description="SDM: Semantic Image Synthesis via Diffusion Models (arXiv 2207.00050) in PyTorch",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=["guided_diffusion"],

@@ -1,0 +1,335 @@
+"""Checkpoints: their names, and how they are written, checked and found again.
+
+A training run keeps, for each saved step, one set:
+    model{step:06d}.pt  ema_{rate}_{step:06d}.pt ...  opt{step:06d}.pt  checkpoint{step:06d}.json
+The last is the manifest, with the size and hash of the others; it is written after them, and a set without it, or
+whose files differ from it, does not count. Beside the sets stand `model.pt` (the latest weights),
+`ema_{rate}_best.pt` and `config.json`, which says how to build the network. Files are plain state dicts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import blobfile
+import torch
+
+CONFIG_NAME = "config.json"
+_MANIFEST = re.compile(r"checkpoint(\d+)\.json$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file and the remedy."""
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def model_name(step: int) -> str:
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate: str, step: int | str) -> str:
+    return f"ema_{rate}_{step if isinstance(step, str) else f'{step:06d}'}.pt"
+
+
+def optimizer_name(step: int) -> str:
+    return f"opt{step:06d}.pt"
+
+
+def manifest_name(step: int) -> str:
+    return f"checkpoint{step:06d}.json"
+
+
+def step_of(path: str) -> int | None:
+    """The step in a name like .../model010000.pt; None for model.pt, which has none."""
+    match = re.fullmatch(r"model(\d+)\.pt", os.path.basename(path))
+    return int(match.group(1)) if match else None
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path: str) -> Iterator[BinaryIO]:
+    """A file that appears under `path` whole or not at all.
+
+    Written under a temporary name in the same folder, synced and renamed.
+    :raises CheckpointError: the disk is full, the folder read-only, ...; `path` is as it was.
+    """
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(os.path.dirname(path) or ".")
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        # torch.save turns a failed write into RuntimeError.
+        if isinstance(error, (OSError, RuntimeError)):
+            raise CheckpointError(
+                f"cannot write {path}: {error} (is the disk full or the folder read-only?); what was there is unharmed"
+            ) from error
+        raise
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes `content` whole or not at all."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def publish(source: str, target: str) -> None:
+    """Gives the file `source` the second name `target` at once: a hard link where the file system can, else a copy."""
+    temporary = f"{target}.tmp{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as original, atomic_write(target) as copy:
+            shutil.copyfileobj(original, copy)
+        return
+    os.replace(temporary, target)
+    _sync_folder(os.path.dirname(target) or ".")
+
+
+def save_set(folder: str, step: int, contents: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Writes `contents` (file name -> object for `torch.save`) and then the manifest of `step`.
+
+    :param manifest: what else it shall hold.
+    :raises CheckpointError: nothing of this set counts, and its files are removed; older sets are unharmed.
+    """
+    written = []
+    try:
+        files = {}
+        for name, content in contents.items():
+            path = os.path.join(folder, name)
+            with atomic_write(path) as file:
+                torch.save(content, file)
+            written.append(path)
+            files[name] = {"size": os.path.getsize(path), "sha256": file_hash(path)}
+        write_json(os.path.join(folder, manifest_name(step)), {"step": step, "files": files, **manifest})
+    except CheckpointError:
+        for path in written:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+        raise
+
+
+def update_best(folder: str, step: int, rates: list[str], losses: dict[str, float]) -> list[str]:
+    """Publishes the EMAs of `step` as ema_{rate}_best.pt where their loss is the lowest so far (or unknown).
+
+    best.json remembers step and loss. Returns the rates that were updated.
+    """
+    path = os.path.join(folder, "best.json")
+    best = _read_json(path)
+    updated = []
+    for rate in rates:
+        before = best.get(rate, {}).get("loss")
+        loss = losses.get(rate)
+        # not >=: a loss that is not a number is no improvement
+        if before is not None and (loss is None or not loss < before):
+            continue
+        publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
+        best[rate] = {"step": step, "loss": loss}
+        updated.append(rate)
+    if updated:
+        write_json(path, best)
+    return updated
+
+
+def file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+
+
+def _hash(file: BinaryIO) -> str:
+    """For Python 3.10, which has no `hashlib.file_digest`."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def prune(folder: str, keep: int) -> None:
+    """Removes all sets but the newest `keep`; `model.pt` and the best EMAs are files of their own and stay."""
+    steps = _manifest_steps(folder)
+    for step in steps[:-keep] if keep > 0 else []:
+        manifest = os.path.join(folder, manifest_name(step))
+        names = _read_json(manifest).get("files", {})
+        # The manifest first: a set that is half removed must not count.
+        for path in (manifest, *(os.path.join(folder, name) for name in names)):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Removes the temporary files of writers that were killed."""
+    for name in os.listdir(folder):
+        if re.search(r"\.tmp\d+$", name):
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(folder, name))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _manifest_steps(folder: str) -> list[int]:
+    if not os.path.isdir(folder):
+        return []
+    return sorted(int(match.group(1)) for name in os.listdir(folder) if (match := _MANIFEST.fullmatch(name)))
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def damage(folder: str, step: int) -> str | None:
+    """What is wrong with the set of `step`; None where it is complete."""
+    manifest = _read_json(os.path.join(folder, manifest_name(step)))
+    if "files" not in manifest:
+        return f"{manifest_name(step)} cannot be read"
+    for name, expected in manifest["files"].items():
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            return f"{name} is missing"
+        if os.path.getsize(path) != expected["size"]:
+            return f"{name} has {os.path.getsize(path)} bytes, not {expected['size']}"
+        if file_hash(path) != expected["sha256"]:
+            return f"the content of {name} has changed since it was saved"
+    return None
+
+
+def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The manifest of the newest set in `folder` that is whole; None where there is none.
+
+    Damaged ones are passed over with a warning that names what is wrong.
+    """
+    for step in reversed(_manifest_steps(folder)):
+        problem = damage(folder, step)
+        if problem is None:
+            return _read_json(os.path.join(folder, manifest_name(step)))
+        warn(f"warning: the checkpoint of step {step} in {folder} is damaged ({problem}); trying the one before")
+    return None
+
+
+def load(path: str) -> Any:
+    """What `torch.save` wrote to `path` (local or a blobfile URL), on the CPU; only plain data is accepted.
+
+    :raises CheckpointError: missing, truncated, or no such file.
+    """
+    if not blobfile.exists(path):
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with blobfile.BlobFile(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint ({reason}). Was the copy or download cut short? Fetch it again."
+        ) from error
+
+
+def load_weights(path: str) -> dict[str, torch.Tensor]:
+    """A network's state dict. :raises CheckpointError: see `load`; or it holds something else."""
+    state = load(path)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} does not hold a network's state dict (is it an opt file? use model or ema)")
+    return state
+
+
+def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+    """Loads weights after checking every name and shape.
+
+    :raises CheckpointError: says how the checkpoint differs from the network that the flags describe.
+    """
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    differing = [
+        f"{n}: {list(state[n].shape)} in the file, {list(own[n].shape)} in the network"
+        for n in own.keys() & state.keys()
+        if state[n].shape != own[n].shape
+    ]
+    if not (missing or extra or differing):
+        # assign: a network on the meta device takes the tensors as they are
+        model.load_state_dict(state, assign=next(model.parameters()).is_meta)
+        return
+    layout = "middle_block.0.in_norm.mlp_shared.0.weight"
+    parts = []
+    if layout in state and layout in own and state[layout].shape[1] != own[layout].shape[1]:
+        parts.append(
+            f"it was trained with {state[layout].shape[1]} layout channels, the flags give {own[layout].shape[1]} "
+            "(num_classes, plus 1 unless no_instance is True)"
+        )
+    first = "input_blocks.0.0.weight"
+    if first in state and state[first].shape != own[first].shape:
+        parts.append(
+            f"its first convolution has {state[first].shape[0]} channels, not {own[first].shape[0]} (num_channels)"
+        )
+    if missing:
+        parts.append(f"{len(missing)} weights are missing, for example {missing[0]}")
+    if extra:
+        parts.append(f"{len(extra)} weights are not known to the network, for example {extra[0]}")
+    if differing:
+        parts.append(f"{len(differing)} shapes differ, for example {sorted(differing)[0]}")
+    raise CheckpointError(f"{path} does not fit the network that the flags describe: {'; '.join(parts)}")
+
+
+def read_config(checkpoint: str) -> dict[str, Any] | None:
+    """The config that stands beside a checkpoint; None where there is none (a published checkpoint).
+
+    :raises CheckpointError: it is there, but damaged.
+    """
+    path = (
+        os.path.join(os.path.dirname(checkpoint) or ".", CONFIG_NAME)
+        if "://" not in checkpoint
+        else (checkpoint.rsplit("/", 1)[0] + "/" + CONFIG_NAME)
+    )
+    if not blobfile.exists(path):
+        return None
+    try:
+        with blobfile.BlobFile(path, "r") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); restore it, or remove it and give all flags") from error
+
+
+def read_manifest(folder: str, step: int) -> dict[str, Any]:
+    """The manifest of `step`; empty where there is none (a checkpoint of another program)."""
+    return _read_json(os.path.join(folder, manifest_name(step)))
+
+
+def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:
+    """The settings that a new start is bound to, and the file they stand in: those of the run in `logdir`, else those
+    beside the checkpoint to start from, else none."""
+    if _manifest_steps(logdir):
+        return read_config(os.path.join(logdir, "model.pt")), os.path.join(logdir, CONFIG_NAME)
+    if resume_checkpoint:
+        if not blobfile.exists(resume_checkpoint):
+            raise CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
+        return read_config(resume_checkpoint), f"{CONFIG_NAME} beside {resume_checkpoint}"
+    return None, ""

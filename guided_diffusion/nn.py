@@ -1,0 +1,94 @@
+"""Building blocks of the network: layers that compute in their input's precision, embeddings, EMA.
+
+Parameters stay in the precision in which they are stored (float32 while training: they are the master weights); every
+layer casts them to the precision of what flows through it. At inference the network is converted once
+(`UNetModel.convert_to`), and the casts become no-ops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+NORM_GROUPS = 32
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution over [N, C, H, W] in the precision of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
+class Linear(nn.Linear):
+    """A linear map over [..., C] in the precision of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """A 1x1 convolution kept as `Conv1d` weights [out, in, 1] but applied as a matrix product to [N, T, C].
+
+    The shape of the weights is that of published checkpoints; tokens before channels is what channels-last memory and
+    the fused attention kernels want.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.linear(tokens, self.weight.squeeze(-1).to(tokens.dtype), self.bias.to(tokens.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization whose sums are taken in float32 whatever the precision of its input [N, C, *].
+
+    PyTorch's kernels accumulate 16-bit inputs in float32 themselves, so only the result is rounded.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def normalization(channels: int) -> GroupNorm:
+    """The affine group norm of the encoder, the attention and the output: 32 groups."""
+    return GroupNorm(NORM_GROUPS, channels)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Sets every parameter of `module` to zero and returns it: residual branches begin as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
+    """Sinusoidal embedding [N, dim] in float32 of timesteps [N] (possibly fractional).
+
+    Cosines first, then sines, of geometrically falling frequencies (Vaswani et al., arXiv 1706.03762, section 3.5).
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    frequencies = torch.exp(-math.log(max_period) * exponents)
+    angles = timesteps[:, None].float() * frequencies
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+def mean_flat(x: torch.Tensor) -> torch.Tensor:
+    """Mean over everything but the batch: [N, ...] -> [N]."""
+    return x.flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def update_ema(ema: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], rate: float) -> None:
+    """Moves every average towards its parameter, in place: ema <- rate * ema + (1 - rate) * parameter."""
+    torch._foreach_lerp_(list(ema), list(parameters), 1.0 - rate)

@@ -1,0 +1,275 @@
+"""A checkpoint, ready to turn layouts into images.
+
+pipeline = SDMPipeline.from_checkpoint("OUTPUT/ADE20K-SDM-256CH-FINETUNE/ema_0.9999_best.pt")
+images = pipeline("layout.png", s=1.5, sampler="dpmsolver++", num_steps=20, seed=0)
+images[0].save("sample.png")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import checkpoints
+from .conditioning import encode_label_map
+from .fp16_util import PRECISIONS
+from .respace import SpacedDiffusion
+from .samplers import SAMPLERS, dynamic_thresholding, sample_loop
+from .script_util import (
+    ConfigError,
+    DiffusionConfig,
+    ModelConfig,
+    build_config,
+    create_gaussian_diffusion,
+    create_model,
+    resolve_precision,
+)
+from .seeding import ImageNoise, stable_seed
+from .spade import GuidedLayout, Layout
+from .unet import UNetModel
+from .validation import to_uint8
+
+KEEP_CHOICES = ("auto", "true", "false")
+MEMORY_SHARE = 0.6  # of the free memory, for what is kept: the passes themselves need the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How images are made; the flags of the same names say more."""
+
+    s: float = 1.5
+    sampler: str = "dpmsolver++"
+    num_steps: int = 20
+    timestep_respacing: str = ""
+    eta: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    clip_denoised: bool = True
+    dynamic_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        """:raises ConfigError: a value that no sampler takes."""
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ConfigError(f"guidance_interval must be LOW,HIGH with 0 <= LOW < HIGH <= 1; got {low},{high}")
+        if not 0 <= self.dynamic_threshold <= 1:
+            raise ConfigError(f"dynamic_threshold must lie in (0, 1], or be 0 for none; got {self.dynamic_threshold}")
+        if not 0 <= self.eta <= 1:
+            raise ConfigError(f"eta must lie between 0 and 1; got {self.eta}")
+
+
+class SDMPipeline:
+    """The network of one checkpoint in evaluation mode, with the diffusion that it was trained for.
+
+    Calling it makes images of layouts; `generate` is the same for tensors. For each batch of layouts SPADE's scale and
+    shift are computed once and kept for all steps where memory allows (`keep_modulations`: auto, true or false).
+    """
+
+    def __init__(
+        self,
+        model: UNetModel,
+        model_config: ModelConfig,
+        diffusion_config: DiffusionConfig,
+        *,
+        precision: str = "fp32",
+        device: torch.device | str | None = None,
+        keep_modulations: str = "auto",
+        compile: bool = False,
+    ):
+        if keep_modulations not in KEEP_CHOICES:
+            raise ConfigError(f"keep_modulations must be {', '.join(KEEP_CHOICES)}; got {keep_modulations!r}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device, memory_format=torch.channels_last).convert_to(PRECISIONS[precision])
+        self.model.eval().requires_grad_(False)
+        self.network: Callable[..., torch.Tensor] = torch.compile(self.model) if compile else self.model
+        self.model_config, self.diffusion_config = model_config, diffusion_config
+        self.keep_modulations = keep_modulations
+        self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
+        self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str,
+        *,
+        precision: str = "",
+        device: torch.device | str | None = None,
+        keep_modulations: str = "auto",
+        compile: bool = False,
+        **settings: Any,
+    ) -> SDMPipeline:
+        """Loads a checkpoint of this project, which has its config beside it, or a published one with `settings`.
+
+        :param settings: of the network and the diffusion; they may repeat but not contradict the config.
+        :raises ConfigError: a contradiction, an unknown setting. :raises CheckpointError: a damaged or other file.
+        """
+        recorded = checkpoints.read_config(path)
+        known = {field.name for cls in (ModelConfig, DiffusionConfig) for field in dataclasses.fields(cls)}
+        if unknown := settings.keys() - known:
+            raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
+        source = f"{checkpoints.CONFIG_NAME} beside {path}"
+        model_config = build_config(ModelConfig, settings, recorded and recorded["model"], source)
+        diffusion_config = build_config(DiffusionConfig, settings, recorded and recorded["diffusion"], source)
+        precision = resolve_precision(precision, bool(settings.get("use_fp16", False)))
+        weights = checkpoints.load_weights(path)
+        with torch.device("meta"):  # no time spent on initial weights
+            model = create_model(model_config, diffusion_config.learn_sigma)
+        checkpoints.load_state_into(model, weights, path)
+        return cls(
+            model,
+            model_config,
+            diffusion_config,
+            precision=precision,
+            device=device,
+            keep_modulations=keep_modulations,
+            compile=compile,
+        )
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        label_map: str | os.PathLike | Image.Image | np.ndarray,
+        *,
+        instance_map: str | os.PathLike | Image.Image | np.ndarray | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        name: str = "",
+        progress: bool = False,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Makes `samples` images of one layout.
+
+        :param label_map: a file, picture or array [H, W] of class ids as the network knows them.
+        :param instance_map: instance ids, of the same size, for a network with the edge channel.
+        :param name: the layout's name, which is part of the seed (the sampling script uses the file's stem).
+        :param sampling: fields of `Sampling`: s, sampler, num_steps, ...
+        :raises ValueError: ids or sizes that do not fit, naming them.
+        """
+        label = self._read_map(label_map, "label map")
+        if label.max() >= self.model_config.num_classes or label.min() < 0:
+            raise ValueError(
+                f"the label map has ids {int(label.min())} to {int(label.max())}; the network knows "
+                f"0 to {self.model_config.num_classes - 1}"
+            )
+        if (instance_map is None) != self.model_config.no_instance:
+            wants = "takes no" if self.model_config.no_instance else "needs an"
+            raise ValueError(f"this network {wants} instance_map")
+        instance = None if instance_map is None else self._read_map(instance_map, "instance map")
+        pictures = self.generate(
+            label,
+            instance,
+            seeds=[image_seed(seed, name, index) for index in range(samples)],
+            sampling=Sampling(**sampling),
+            progress=progress,
+        )
+        return [Image.fromarray(picture) for picture in pictures]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        label: torch.Tensor,
+        instance: torch.Tensor | None,
+        *,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        progress: bool = False,
+        on_step: Callable[[], Any] | None = None,
+    ) -> np.ndarray:
+        """Images uint8 [N, H, W, 3], one for each of the N seeds.
+
+        :param label: integers [N, 1, H, W], or [1, 1, H, W] for N samples of one layout; `instance` likewise.
+        :param on_step: called after every step.
+        """
+        height, width = label.shape[2:]
+        self.model.check_size(height, width)
+        instance = None if instance is None else instance.to(self.device)
+        y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
+        noise = ImageNoise(seeds, (3, height, width), self.device)
+        layout = self._layout(y, sampling.s > 1)
+        diffusion = self.diffusion(sampling.timestep_respacing, sampling.num_steps)
+        for step in sample_loop(
+            diffusion,
+            self.network,
+            noise(),
+            sampler=sampling.sampler,
+            eta=sampling.eta,
+            model_kwargs={"y": layout, "s": sampling.s},
+            clip_denoised=sampling.clip_denoised,
+            denoised_fn=dynamic_thresholding(sampling.dynamic_threshold) if sampling.dynamic_threshold else None,
+            guidance_interval=sampling.guidance_interval,
+            draw_noise=noise,
+            progress=progress,
+        ):
+            sample = step["sample"]
+            if on_step is not None:
+                on_step()
+        return to_uint8(sample)
+
+    def diffusion(self, timestep_respacing: str, num_steps: int) -> SpacedDiffusion:
+        """The trained diffusion over the chosen steps. :raises ConfigError: no such steps."""
+        key = (timestep_respacing, num_steps)
+        if key not in self._diffusions:
+            config = dataclasses.replace(self.diffusion_config, timestep_respacing=timestep_respacing)
+            self._diffusions[key] = create_gaussian_diffusion(config, num_steps)
+        return self._diffusions[key]
+
+    # -- layouts ------------------------------------------------------------------------------------------------------
+
+    def keeps(self, layouts: int, height: int, width: int) -> tuple[bool, str]:
+        """Whether the modulations of so many layouts (and the null layout) are kept, and why, as a line for a log."""
+        needed = (layouts + 1) * self.model.modulation_bytes(height, width)
+        free = free_memory(self.device)
+        keep = self.keep_modulations == "true" or (self.keep_modulations == "auto" and needed < MEMORY_SHARE * free)
+        return keep, (
+            f"SPADE's scale and shift are {'kept for all steps' if keep else 'computed anew in every step'}: "
+            f"{needed / 2**30:.2f} GiB for {layouts} layout{'s' if layouts > 1 else ''} and the null layout, "
+            f"{free / 2**30:.1f} GiB are free (keep_modulations {self.keep_modulations})"
+        )
+
+    def _layout(self, y: torch.Tensor, guided: bool) -> Layout | GuidedLayout:
+        size = tuple(y.shape[2:])
+        if self._null is not None and self._null[0] != size:
+            self._null = None
+        if not self.keeps(len(y), *size)[0]:
+            return self.model.guided_layout(y) if guided else Layout(y)
+        layout = self.model.encode_layout(y)
+        if not guided:
+            return layout
+        if self._null is None:
+            self._null = (size, self.model.encode_layout(torch.zeros_like(y[:1])))
+        return GuidedLayout(layout, self._null[1])
+
+    def _read_map(self, source: Any, kind: str) -> torch.Tensor:
+        if isinstance(source, (str, os.PathLike)):
+            with Image.open(source) as picture:
+                source = np.asarray(picture)
+        ids = np.asarray(source)
+        if ids.ndim != 2:
+            raise ValueError(f"the {kind} must be ids [H, W], one per pixel; got an array of shape {list(ids.shape)}")
+        return torch.from_numpy(ids.astype(np.int32))[None, None]
+
+
+def image_seed(seed: int, name: str, index: int) -> int:
+    """The seed of sample `index` of the layout `name` in a run with `seed`."""
+    return stable_seed("image", seed, name, index)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device (what PyTorch holds unused counts as free)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 * 2**30  # not Linux: a careful guess

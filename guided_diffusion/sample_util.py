@@ -1,0 +1,263 @@
+"""A sampling run: which images are still to be made, by whom, and where they go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import checkpoints
+from .dist_util import World
+from .image_datasets import LayoutDataset, sampling_batches
+from .image_transforms import read_label
+from .pictures import colorize, contact_sheet, save_png
+from .pipeline import Sampling, SDMPipeline, image_seed
+from .script_util import ConfigError, SampleConfig
+
+OVERVIEW_ROWS = 8
+OVERVIEW_SAMPLES = 4
+
+
+def sampling_of(config: SampleConfig, timestep_respacing: str) -> Sampling:
+    """The flags as the pipeline takes them. :raises ConfigError: a value that no sampler takes."""
+    if config.use_ddim and config.sampler not in ("", "ddim"):
+        raise ConfigError(f"--use_ddim True contradicts --sampler {config.sampler}")
+    try:
+        low, high = (float(part) for part in config.guidance_interval.split(","))
+    except ValueError:
+        raise ConfigError(f"guidance_interval must be LOW,HIGH, as 0.1,0.8; got {config.guidance_interval!r}") from None
+    return Sampling(
+        s=config.s,
+        sampler=config.sampler or ("ddim" if config.use_ddim else "ddpm"),
+        num_steps=config.num_steps,
+        timestep_respacing=timestep_respacing,
+        eta=config.eta,
+        guidance_interval=(low, high),
+        clip_denoised=config.clip_denoised,
+        dynamic_threshold=config.dynamic_threshold,
+    )
+
+
+class SampleRun:
+    """Samples the layouts of `dataset` into `config.results_path`.
+
+    `images/NAME.png` is the photograph at the sampled size, `labels/NAME.png` the ids, `samples/NAME.png` the image
+    (`samples_00/` ... with several per layout). A file is there whole or not at all; what is there is not made again.
+    """
+
+    def __init__(
+        self,
+        *,
+        pipeline: SDMPipeline,
+        dataset: LayoutDataset,
+        config: SampleConfig,
+        sampling: Sampling,
+        record: dict[str, Any],
+        num_workers: int,
+        world: World,
+        log: Callable[[str], None],
+    ):
+        self.pipeline, self.dataset, self.config, self.sampling = pipeline, dataset, config, sampling
+        self.record, self.num_workers, self.world, self.log = record, num_workers, world, log
+        self.folder = config.results_path
+        self.layouts = min(config.num_samples, len(dataset))
+        several = config.samples_per_layout > 1
+        digits = max(2, len(str(config.samples_per_layout - 1)))
+        self.sample_folders = [
+            f"samples_{i:0{digits}d}" if several else "samples" for i in range(config.samples_per_layout)
+        ]
+
+    def run(self) -> None:
+        """Makes what is missing. A collective.
+
+        :raises ConfigError: the folder holds images made in another way. :raises DataError: a bad label map.
+        :raises CheckpointError: the folder cannot be written.
+        """
+        todo = self.world.on_main(self._prepare)
+        count = sum(len(indices) for indices in todo.values())
+        self.log(
+            f"{count} images to make of {self.layouts} layouts"
+            + (f" ({self.layouts * len(self.sample_folders) - count} are there)" if count else ": all are there")
+        )
+        batches = self._batches(todo)[self.world.rank :: self.world.size]
+        if batches:
+            self.log(
+                self.pipeline.keeps(max(len({layout for layout, _ in b}) for b in batches), *self.dataset.shape)[1]
+            )
+        steps = self.pipeline.diffusion(self.sampling.timestep_respacing, self.sampling.num_steps).num_timesteps
+        bar = tqdm(
+            total=len(batches) * steps,
+            desc="denoising",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.world.is_main,
+        )
+        with bar:
+            done = 0
+            for pairs in batches:
+                self._make(pairs, bar.update)
+                done += len(pairs)
+                bar.set_postfix_str(f"{done} of {sum(map(len, batches))} images of this rank", refresh=False)
+        self.world.barrier()
+        self.world.on_main(self._overview)
+        self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
+
+    # -- before -------------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> dict[int, list[int]]:
+        """Checks the folder and the layouts; the samples to make, by layout. On rank 0."""
+        for name in ("images", "labels", *self.sample_folders):
+            if name != "images" or self.dataset.has_images:
+                path = os.path.join(self.folder, name)
+                try:
+                    os.makedirs(path, exist_ok=True)
+                except OSError as error:
+                    raise checkpoints.CheckpointError(
+                        f"cannot write {path}: {error}; choose another --results_path"
+                    ) from error
+                checkpoints.remove_leftovers(path)
+        self._check_record()
+        todo = {}
+        for layout, name in enumerate(self.dataset.names[: self.layouts]):
+            missing = [
+                index
+                for index, folder in enumerate(self.sample_folders)
+                if self.config.overwrite or not os.path.exists(self._path(folder, name))
+            ]
+            if missing:
+                todo[layout] = missing
+        self._check_layouts(list(todo))
+        checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
+        return todo
+
+    def _check_record(self) -> None:
+        path = os.path.join(self.folder, "sampling.json")
+        if self.config.overwrite or not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)["images"]
+        now = json.loads(json.dumps(self.record["images"]))
+        differences = [
+            f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in now if before.get(key) != now[key]
+        ]
+        if differences:
+            raise ConfigError(
+                f"{self.folder} holds images made with other settings ({'; '.join(differences)}); choose another "
+                "--results_path, or --overwrite True to make them again"
+            )
+
+    def _check_layouts(self, layouts: list[int]) -> None:
+        """Reads every label map that will be sampled: a wrong id is found before the first image is made."""
+
+        def check(layout: int) -> None:
+            read_label(self.dataset.items[layout].label, self.dataset.spec)
+
+        with ThreadPoolExecutor() as pool:
+            for _ in tqdm(pool.map(check, layouts), total=len(layouts), desc="checking layouts", leave=False):
+                pass
+
+    def _batches(self, todo: dict[int, list[int]]) -> list[list[tuple[int, int]]]:
+        """(layout, sample index) pairs, a batch at a time. Several samples of one layout share a batch, and so what
+        was computed for the layout."""
+        size = self.config.batch_size
+        if len(self.sample_folders) == 1:
+            pairs = [(layout, index) for layout, indices in todo.items() for index in indices]
+            return [pairs[first : first + size] for first in range(0, len(pairs), size)]
+        return [
+            [(layout, index) for index in indices[first : first + size]]
+            for layout, indices in todo.items()
+            for first in range(0, len(indices), size)
+        ]
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    def _make(self, pairs: list[tuple[int, int]], on_step: Callable[[], Any]) -> None:
+        layouts = list(dict.fromkeys(layout for layout, _ in pairs))  # either all different, or one
+        batch = next(iter(sampling_batches(self.dataset, layouts, len(layouts))))
+        for row, name in enumerate(batch["name"]):
+            self._save_inputs(name, {key: value[row] for key, value in batch.items() if key != "name"})
+        pictures = self.pipeline.generate(
+            batch["label"],
+            batch.get("instance"),
+            seeds=[image_seed(self.config.seed, self.dataset.names[layout], index) for layout, index in pairs],
+            sampling=self.sampling,
+            on_step=on_step,
+        )
+        for (layout, index), picture in zip(pairs, pictures, strict=True):
+            self._save(picture, self.sample_folders[index], self.dataset.names[layout])
+
+    def _save_inputs(self, name: str, item: dict[str, torch.Tensor]) -> None:
+        if "image" in item:
+            self._save(item["image"].permute(1, 2, 0).numpy(), "images", name)
+        ids = item["label"][0].numpy()
+        self._save(ids if ids.dtype == np.uint8 else ids.astype(np.uint16), "labels", name)
+
+    def _save(self, picture: np.ndarray, folder: str, name: str) -> None:
+        path = self._path(folder, name)
+        try:
+            save_png(picture, path)
+        except OSError as error:
+            raise checkpoints.CheckpointError(
+                f"cannot write {path}: {error}; what is there is whole, start again to go on"
+            ) from error
+
+    def _path(self, folder: str, name: str) -> str:
+        return os.path.join(self.folder, folder, f"{name}.png")
+
+    # -- after --------------------------------------------------------------------------------------------------------
+
+    def _overview(self) -> None:
+        """A page of layout, photograph and samples, from what is in the folder. On rank 0."""
+        shown = self.sample_folders[:OVERVIEW_SAMPLES]
+        columns = ["layout", *(["photograph"] if self.dataset.has_images else [])]
+        columns += ["sample"] if len(shown) == 1 else [f"sample {i}" for i in range(len(shown))]
+        rows, names, present = [], [], set()
+        for name in self.dataset.names[: self.layouts][:OVERVIEW_ROWS]:
+            label = np.asarray(self._open("labels", name))
+            present |= set(np.unique(label).tolist())
+            row = [colorize(label, self.dataset.spec.palette)]
+            row += [self._open("images", name)] if self.dataset.has_images else []
+            rows.append(row + [self._open(folder, name) for folder in shown])
+            names.append(name)
+        legend = [(self.dataset.spec.class_names[i], self.dataset.spec.palette[i]) for i in sorted(present)]
+        s = self.sampling
+        steps = self.pipeline.diffusion(s.timestep_respacing, s.num_steps).num_timesteps
+        title = f"{s.sampler}, {steps} steps, s = {s.s:g}"
+        page = contact_sheet(rows, column_titles=columns, row_titles=names, title=title, legend=legend[:24])
+        save_png(page, os.path.join(self.folder, "overview.png"))
+
+    def _open(self, folder: str, name: str) -> Image.Image:
+        with Image.open(self._path(folder, name)) as picture:
+            picture.load()
+            return picture
+
+
+def sampling_record(
+    config: SampleConfig, sampling: Sampling, pipeline: SDMPipeline, data: dict[str, Any], precision: str
+) -> dict[str, Any]:
+    """What sampling.json holds: under `images` all that decides an image, under `run` the rest."""
+    return {
+        "images": {
+            "model_sha256": checkpoints.file_hash(config.model_path),
+            "seed": config.seed,
+            "precision": precision,
+            **dataclasses.asdict(sampling),
+            "image_size": pipeline.model_config.image_size,
+            "dataset_mode": data["dataset_mode"],
+        },
+        "run": {
+            "settings": dataclasses.asdict(config),
+            "data": data,
+            "model": dataclasses.asdict(pipeline.model_config),
+            "diffusion": dataclasses.asdict(pipeline.diffusion_config),
+            "torch": torch.__version__,
+        },
+    }

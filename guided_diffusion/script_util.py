@@ -1,0 +1,368 @@
+"""Settings, the flags made from them, and the builders.
+
+A setting is one field of a dataclass below, with its help line; the flag, the default and the entry in the saved
+config follow from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .gaussian_diffusion import get_named_beta_schedule
+from .respace import SpacedDiffusion, space_timesteps, trailing_timesteps
+from .unet import UNetModel
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, malformed, or contradicts another; the message names both values."""
+
+
+def setting(default: Any, help: str, *, binding: bool = False) -> Any:
+    """A dataclass field with its help line. `binding`: a checkpoint is only good for the value it was trained with."""
+    return dataclasses.field(default=default, metadata={"help": help, "binding": binding})
+
+
+@dataclass
+class ModelConfig:
+    """The network. Defaults are the traditional ones; see the scripts for the published settings."""
+
+    image_size: int = setting(
+        64, "side of the (square) training images; the short side where the aspect is kept", binding=True
+    )
+    num_classes: int = setting(151, "number of label ids, the one for unlabelled pixels included", binding=True)
+    num_channels: int = setting(128, "width of the network at full resolution", binding=True)
+    num_res_blocks: int = setting(2, "residual blocks per resolution", binding=True)
+    num_heads: int = setting(4, "attention heads, where num_head_channels is -1", binding=True)
+    num_heads_upsample: int = setting(-1, "attention heads in the decoder; -1: as in the encoder", binding=True)
+    num_head_channels: int = setting(-1, "channels per attention head; overrides num_heads", binding=True)
+    attention_resolutions: str = setting("16,8", "heights (for image_size) at which attention is placed", binding=True)
+    channel_mult: str = setting(
+        "", "width multipliers per resolution, as 1,2,2; empty: chosen by image_size", binding=True
+    )
+    dropout: float = setting(0.0, "dropout rate in the residual blocks")
+    class_cond: bool = setting(True, "condition on the layout; SDM always does")
+    use_checkpoint: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    use_scale_shift_norm: bool = setting(
+        True, "the timestep scales and shifts the norm, rather than being added", binding=True
+    )
+    resblock_updown: bool = setting(False, "resample inside residual blocks", binding=True)
+    use_fp16: bool = setting(False, "the same as --precision fp16")
+    use_new_attention_order: bool = setting(False, "q, k, v before heads in the attention's channels", binding=True)
+    no_instance: bool = setting(False, "no instance-edge channel, whatever the data offers", binding=True)
+
+    def layout_channels(self) -> int:
+        return self.num_classes + (not self.no_instance)
+
+    def multipliers(self) -> tuple[float, ...]:
+        """The width multipliers, from the flag or, as traditionally, from image_size."""
+        if self.channel_mult:
+            return tuple(_numbers("channel_mult", self.channel_mult, float))
+        by_size = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
+        if self.image_size not in by_size:
+            raise ConfigError(
+                f"image_size {self.image_size} has no traditional channel_mult (only {', '.join(map(str, by_size))} "
+                "have): give one, for example --channel_mult 1,2,2"
+            )
+        return by_size[self.image_size]
+
+    def attention_downsamplings(self) -> list[int]:
+        factors = []
+        for resolution in _numbers("attention_resolutions", self.attention_resolutions, int):
+            if resolution < 1:
+                raise ConfigError(f"attention_resolutions {self.attention_resolutions!r}: {resolution} is not a height")
+            factors.append(self.image_size // resolution)
+        return factors
+
+
+@dataclass
+class DiffusionConfig:
+    """The diffusion process and its loss."""
+
+    learn_sigma: bool = setting(False, "the network also predicts the variance", binding=True)
+    diffusion_steps: int = setting(1000, "steps of the trained process", binding=True)
+    noise_schedule: str = setting("linear", "linear or cosine", binding=True)
+    timestep_respacing: str = setting("", "steps to sample with, as 250, 10,15,20 or ddim25; empty: all")
+    use_kl: bool = setting(False, "train on the variational bound alone")
+    predict_xstart: bool = setting(False, "the network predicts the image, not the noise", binding=True)
+    rescale_timesteps: bool = setting(False, "the network sees timesteps scaled to 0..1000", binding=True)
+    rescale_learned_sigmas: bool = setting(False, "scale the variance's loss term by diffusion_steps / 1000")
+    loss_weighting: str = setting("none", "none, or min_snr (arXiv 2303.09556)")
+
+
+@dataclass
+class DataConfig:
+    """Where images and layouts come from."""
+
+    data_dir: str = setting("", "folder (or gs://, az://, https:// address) of the data set")
+    dataset_mode: str = setting("ade20k", "ade20k, cityscapes, celeba, coco or custom")
+    num_workers: int = setting(2, "loader processes per rank")
+    skip_bad: bool = setting(False, "pass over unreadable files, counting them, instead of stopping")
+
+
+@dataclass
+class TrainConfig:
+    """Training."""
+
+    logdir: str = setting("", "where everything goes; default: the environment's OPENAI_LOGDIR, else OUTPUT/run")
+    resume_checkpoint: str = setting(
+        "", "weights to start from: model.pt begins a new run (fine-tuning), a numbered file continues"
+    )
+    batch_size: int = setting(1, "images per rank and step")
+    microbatch: int = setting(-1, "images per forward pass, gradients being accumulated; -1: batch_size")
+    lr: float = setting(1e-4, "learning rate")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
+    lr_anneal_steps: int = setting(0, "steps over which it falls to 0, where training ends; 0: it stays")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    ema_rate: str = setting("0.9999", "rates of the averaged weights, as 0.999,0.9999; the first one is validated")
+    drop_rate: float = setting(0.0, "share of samples whose layout is dropped, for guidance")
+    schedule_sampler: str = setting("uniform", "timesteps to train on: uniform or loss-second-moment")
+    max_steps: int = setting(0, "steps after which training ends; 0: until interrupted")
+    seed: int = setting(0, "of initial weights, data order, crops, noise and label drop")
+    precision: str = setting("", "fp32, fp16 or bf16; empty: fp16 with use_fp16, else fp32")
+    fp16_scale_growth: float = setting(1e-3, "growth of log2 of the loss scale per step in fp16")
+    max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
+    max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops")
+    compile: bool = setting(False, "torch.compile the network: slow to start, faster afterwards")
+    shard_optimizer: bool = setting(False, "spread the optimizer's state over the ranks")
+    log_interval: int = setting(10, "steps between rows of figures")
+    save_interval: int = setting(10000, "steps between checkpoints; each also measures the validation loss")
+    keep_checkpoints: int = setting(
+        0, "numbered checkpoints to keep, newest first, besides model.pt and the best; 0: all"
+    )
+    val_images: int = setting(64, "validation images, with fixed timesteps and noise, whose loss decides the best EMA")
+    sample_interval: int = setting(0, "steps between preview pages; 0: none")
+    tensorboard: bool = setting(False, "also write TensorBoard files")
+    random_crop: bool = setting(True, "train on random crops; else on centre crops")
+    random_flip: bool = setting(True, "mirror half of the training images")
+    scale_jitter: float = setting(0.0, "additional random scaling of training images, as a fraction")
+    class_balance: bool = setting(False, "draw images with rare classes more often")
+
+    def ema_rates(self) -> list[str]:
+        """The rates as they were written: they are part of file names."""
+        rates = [rate.strip() for rate in self.ema_rate.split(",")]
+        for rate, value in zip(rates, _numbers("ema_rate", self.ema_rate, float), strict=True):
+            if not 0 <= value < 1:
+                raise ConfigError(f"ema_rate {rate} is not in [0, 1)")
+        return rates
+
+    def check(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        self.ema_rates()
+        for name, least in (("batch_size", 1), ("max_steps", 0), ("log_interval", 1), ("save_interval", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if not 0 <= self.drop_rate <= 1:
+            raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
+        if self.microbatch == 0 or self.microbatch < -1:
+            raise ConfigError(f"microbatch must be -1 or at least 1; got {self.microbatch}")
+
+
+@dataclass
+class SampleConfig:
+    """Sampling."""
+
+    model_path: str = setting("", "the checkpoint: an ema or model file; flags are read from config.json beside it")
+    results_path: str = setting("RESULTS", "folder for images/, labels/, samples/ and the overview")
+    labels_dir: str = setting("", "sample from the label maps in this folder alone, without photographs")
+    split: str = setting("val", "split whose layouts are sampled: val (or what the data set calls it), test or train")
+    num_samples: int = setting(10000, "layouts to sample at most")
+    samples_per_layout: int = setting(1, "images per layout; more than one go to samples_00/, samples_01/, ...")
+    batch_size: int = setting(16, "images at a time and rank")
+    s: float = setting(1.0, "guidance scale; 1 or less: no guidance")
+    guidance_interval: str = setting("0,1", "LOW,HIGH: part of the trajectory that is guided, 0 the noise, 1 the image")
+    sampler: str = setting("", "ddpm, ddim or dpmsolver++; empty: ddim with use_ddim, else ddpm")
+    num_steps: int = setting(0, "steps, evenly spaced from the noisiest; 0: as timestep_respacing says")
+    use_ddim: bool = setting(False, "the same as --sampler ddim")
+    eta: float = setting(0.0, "randomness of ddim: 0 none, 1 that of ddpm")
+    clip_denoised: bool = setting(True, "clip the predicted image to [-1, 1] in every step")
+    dynamic_threshold: float = setting(0.0, "Imagen's dynamic thresholding at this quantile, as 0.995; 0: off")
+    seed: int = setting(0, "with the layout's name and the sample's index, the seed of each image")
+    precision: str = setting("", "fp32, fp16 or bf16; empty: fp16 with use_fp16, else fp32")
+    keep_modulations: str = setting(
+        "auto", "keep each layout's SPADE maps for all steps: auto (if memory allows), true or false"
+    )
+    compile: bool = setting(False, "torch.compile the network: slow to start, faster afterwards")
+    overwrite: bool = setting(False, "make images again that are there already")
+
+    def check(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        if not self.model_path:
+            raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
+        for name in ("num_samples", "samples_per_layout", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+Config = TypeVar("Config")
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+def str2bool(text: str | bool) -> bool:
+    """True/False, yes/no, 1/0, as the traditional flags are written. :raises ArgumentTypeError: anything else."""
+    lowered = str(text).lower()
+    if lowered in ("true", "yes", "t", "y", "1"):
+        return True
+    if lowered in ("false", "no", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+
+
+def parse_flags(classes: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> dict[str, Any]:
+    """The settings that were given as flags, by name, and no others."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for cls in classes:
+        group = parser.add_argument_group((cls.__doc__ or cls.__name__).splitlines()[0])
+        for field in dataclasses.fields(cls):
+            kind = str2bool if isinstance(field.default, bool) else type(field.default)
+            default = repr(field.default) if field.default == "" else field.default
+            group.add_argument(
+                f"--{field.name}",
+                type=kind,
+                metavar=kind.__name__.upper() if kind is not str2bool else "BOOL",
+                help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+            )
+    return vars(parser.parse_args(argv))
+
+
+def build_config(
+    cls: type[Config], given: dict[str, Any], recorded: dict[str, Any] | None = None, source: str = ""
+) -> Config:
+    """A config from flags, over what a checkpoint's config recorded, over the defaults.
+
+    :param source: the file that `recorded` comes from.
+    :raises ConfigError: a flag contradicts a recorded value that binds the network.
+    """
+    names = {field.name: field for field in dataclasses.fields(cls)}
+    own = {name: value for name, value in given.items() if name in names}
+    old = {name: value for name, value in (recorded or {}).items() if name in names}
+    config = cls(**{**old, **own})
+    if recorded is not None:
+        before = cls(**old)
+        for name in own:
+            if names[name].metadata["binding"] and _comparable(config, name) != _comparable(before, name):
+                raise ConfigError(
+                    f"--{name} {own[name]} contradicts the checkpoint, which was trained with {name} "
+                    f"{getattr(before, name)!r} ({source}); leave the flag out, or choose another checkpoint"
+                )
+    return config
+
+
+def _comparable(config: Any, name: str) -> Any:
+    """The meaning of a value: two spellings of one network are no contradiction."""
+    if name == "channel_mult":
+        return config.multipliers()
+    if name == "attention_resolutions":
+        return sorted(config.attention_downsamplings())
+    return getattr(config, name)
+
+
+def _numbers(name: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise ConfigError(f"{name} {text!r} is not a list of numbers like 1,2,4") from None
+
+
+def resolve_precision(precision: str, use_fp16: bool) -> str:
+    """:raises ConfigError: an unknown precision, or one that contradicts use_fp16."""
+    if precision not in ("", "fp32", "fp16", "bf16"):
+        raise ConfigError(f"unknown precision {precision!r}: choose fp32, fp16 or bf16")
+    if use_fp16 and precision not in ("", "fp16"):
+        raise ConfigError(f"--use_fp16 True contradicts --precision {precision}")
+    return precision or ("fp16" if use_fp16 else "fp32")
+
+
+# -- builders ---------------------------------------------------------------------------------------------------------
+
+
+def create_model(config: ModelConfig, learn_sigma: bool) -> UNetModel:
+    """The network, in float32; with `learn_sigma` its output has a second half for the variance.
+
+    :raises ConfigError: settings that do not make a network.
+    """
+    if not config.class_cond:
+        raise ConfigError("class_cond False: SDM is always conditioned on the layout; leave the flag out")
+    if config.num_classes < 1:
+        raise ConfigError(f"num_classes must be at least 1; got {config.num_classes}")
+    try:
+        return UNetModel(
+            model_channels=config.num_channels,
+            out_channels=6 if learn_sigma else 3,
+            layout_channels=config.layout_channels(),
+            num_res_blocks=config.num_res_blocks,
+            attention_downsamplings=config.attention_downsamplings(),
+            dropout=config.dropout,
+            channel_mult=config.multipliers(),
+            use_checkpoint=config.use_checkpoint,
+            num_heads=config.num_heads,
+            num_head_channels=config.num_head_channels,
+            num_heads_upsample=config.num_heads_upsample,
+            use_scale_shift_norm=config.use_scale_shift_norm,
+            resblock_updown=config.resblock_updown,
+            use_new_attention_order=config.use_new_attention_order,
+        )
+    except ValueError as error:
+        raise ConfigError(f"these settings make no network: {error}") from error
+
+
+def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> SpacedDiffusion:
+    """The diffusion, over all steps, over those of timestep_respacing, or over `num_steps` trailing ones.
+
+    :raises ConfigError: an impossible respacing or schedule.
+    """
+    if num_steps and config.timestep_respacing:
+        raise ConfigError(
+            f"num_steps {num_steps} and timestep_respacing {config.timestep_respacing!r}: give one of them"
+        )
+    try:
+        betas = get_named_beta_schedule(config.noise_schedule, config.diffusion_steps)
+        if num_steps:
+            timesteps = trailing_timesteps(config.diffusion_steps, num_steps)
+        else:
+            timesteps = space_timesteps(
+                config.diffusion_steps, config.timestep_respacing or str(config.diffusion_steps)
+            )
+        return SpacedDiffusion(
+            timesteps,
+            betas=betas,
+            predict_xstart=config.predict_xstart,
+            learn_sigma=config.learn_sigma,
+            use_kl=config.use_kl,
+            rescale_learned_sigmas=config.rescale_learned_sigmas,
+            rescale_timesteps=config.rescale_timesteps,
+            loss_weighting=config.loss_weighting,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def create_model_and_diffusion(**kwargs: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """The network and its diffusion from traditional keyword arguments; `use_fp16` sets the network's precision.
+
+    :raises ConfigError: a name that is no setting of theirs, or settings that do not fit together.
+    """
+    unknown = kwargs.keys() - model_and_diffusion_defaults().keys()
+    if unknown:
+        raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
+    model_config, diffusion_config = build_config(ModelConfig, kwargs), build_config(DiffusionConfig, kwargs)
+    model = create_model(model_config, diffusion_config.learn_sigma)
+    if model_config.use_fp16:
+        model.convert_to_fp16()
+    return model, create_gaussian_diffusion(diffusion_config)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Every setting of the network and the diffusion, with its default."""
+    return {**dataclasses.asdict(ModelConfig()), **dataclasses.asdict(DiffusionConfig())}

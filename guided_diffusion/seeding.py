@@ -1,0 +1,51 @@
+"""Random numbers that depend on what they are for, not on who draws them or when.
+
+A training sample's crop, timestep, noise and label drop follow from the run's seed and the sample's position in the
+run; a generated image's noise from the run's seed, the layout's name and the sample's index. Batch size, the number of
+ranks and resuming change nothing, and there is no generator state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A 63-bit seed from `parts`, the same on every machine and in every run of Python."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def uniforms(seed: int, purpose: str, positions: Sequence[int]) -> np.ndarray:
+    """One number in [0, 1) for each position, float64 [N]."""
+    return np.array([np.random.default_rng(stable_seed(seed, purpose, int(p))).random() for p in positions])
+
+
+def normals(
+    seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Standard normal noise [len(seeds), *shape], row i from its own generator on `device`, seeded with seeds[i]."""
+    noise = torch.empty(len(seeds), *shape, device=device, dtype=dtype)
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=torch.Generator(device).manual_seed(seed))
+    return noise
+
+
+class ImageNoise:
+    """The noise of a batch of images, step after step: call it for the next [N, *shape].
+
+    Drawn on the CPU, so that an image is the same (to rounding) on every device.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape = tuple(shape)
+        self.device = device
+
+    def __call__(self) -> torch.Tensor:
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        return noise.to(self.device)

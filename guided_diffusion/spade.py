@@ -1,0 +1,115 @@
+"""SPADE, and the object that knows a layout.
+
+SPADE (Park et al., arXiv 1903.07291) is a group norm without parameters whose scale and shift are convolved, for each
+pixel, from the layout. They depend on the layout and the resolution alone, not on the timestep: a `Layout` resizes the
+map once per resolution and, when told to, keeps each norm's scale and shift for a whole sampling loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .nn import NORM_GROUPS, Conv2d, GroupNorm
+
+SPADE_HIDDEN_CHANNELS = 128
+
+
+class Layout:
+    """What SPADE reads of a layout: the map at each resolution, and each norm's scale and shift.
+
+    `y` is [N, L, H, W]: the one-hot classes, followed by the instance edges where the network has that channel. With
+    `keep` every (scale, shift) that is asked for is computed once and kept; without it (training) nothing is, so that
+    memory stays flat. A `y` of batch 1 serves any batch.
+    """
+
+    passes = 1
+
+    def __init__(self, y: torch.Tensor, keep: bool = False):
+        self.y = y
+        self.keep = keep
+        self._resized: dict[tuple[int, ...], torch.Tensor] = {}
+        self._modulations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def resized(self, size: Sequence[int]) -> torch.Tensor:
+        """The layout at (height, width) `size`, by nearest neighbour."""
+        size = tuple(size)
+        if size == tuple(self.y.shape[2:]):
+            return self.y
+        if size not in self._resized:
+            self._resized[size] = F.interpolate(self.y, size=size, mode="nearest")
+        return self._resized[size]
+
+    def modulation(self, norm: SPADEGroupNorm, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 + scale, shift) of `norm` at `size`, each [N, C, h, w]."""
+        if norm.index in self._modulations:
+            return self._modulations[norm.index]
+        modulation = norm.modulation(self.resized(size))
+        if self.keep:
+            self._modulations[norm.index] = modulation
+        return modulation
+
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout (into `out`)."""
+        scale, shift = self.modulation(norm, x.shape[2:])
+        return torch.addcmul(shift, x, scale, out=out)
+
+    @property
+    def conditional(self) -> Layout:
+        """This layout without the null pass: itself."""
+        return self
+
+    def forget_map(self) -> None:
+        """Frees the one-hot maps once every modulation is kept."""
+        self._resized.clear()
+        self.y = self.y[..., :0]
+
+
+class GuidedLayout:
+    """A layout and the null layout side by side: one pass of the network yields both halves of guidance.
+
+    The middle block and decoder see a batch of 2N, conditional first; the null layout has batch 1 and is shared.
+    """
+
+    passes = 2
+
+    def __init__(self, conditional: Layout, null: Layout):
+        self.conditional = conditional
+        self.null = null
+
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
+        conditional, null = x.chunk(2)
+        if torch.is_grad_enabled():
+            return torch.cat([self.conditional.modulate(norm, conditional), self.null.modulate(norm, null)])
+        out = torch.empty_like(x)
+        self.conditional.modulate(norm, conditional, out=out[: len(conditional)])
+        self.null.modulate(norm, null, out=out[len(conditional) :])
+        return out
+
+
+class SPADEGroupNorm(nn.Module):
+    """Group norm without parameters, modulated by the layout (Park et al., arXiv 1903.07291, equation 1)."""
+
+    def __init__(self, channels: int, layout_channels: int, downsampling: int):
+        super().__init__()
+        self.channels = channels
+        self.downsampling = downsampling  # of the feature map that this norm acts on; for the prediction of memory
+        self.index = -1  # its place among the network's norms; the network sets it
+        self.param_free_norm = GroupNorm(NORM_GROUPS, channels, affine=False)
+        self.mlp_shared = nn.Sequential(Conv2d(layout_channels, SPADE_HIDDEN_CHANNELS, 3, padding=1), nn.ReLU())
+        self.mlp_gamma = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
+        self.mlp_beta = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
+
+    def modulation(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 + scale, shift), each [N, C, h, w], from the layout [N, L, h, w]; both by one convolution."""
+        hidden = self.mlp_shared(y)
+        weight = torch.cat([self.mlp_gamma.weight, self.mlp_beta.weight]).to(hidden.dtype)
+        # The 1 of (1 + scale) rides on the bias. In float32, so that the sum is rounded only once.
+        bias = torch.cat([self.mlp_gamma.bias + 1.0, self.mlp_beta.bias]).to(hidden.dtype)
+        return F.conv2d(hidden, weight, bias, padding=1).chunk(2, dim=1)
+
+    def forward(self, x: torch.Tensor, layout: Layout | GuidedLayout) -> torch.Tensor:
+        return layout.modulate(self, self.param_free_norm(x))

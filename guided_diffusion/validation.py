@@ -1,0 +1,120 @@
+"""What is looked at during training: the validation loss that decides the best EMA, and preview pages.
+
+Neither touches the training: both draw their noise from seeds of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.func import functional_call
+
+from .conditioning import encode_label_map
+from .dist_util import World
+from .image_datasets import LayoutDataset, sampling_batches
+from .pictures import colorize, contact_sheet
+from .samplers import sample_loop
+from .seeding import normals, stable_seed
+
+Weights = dict[str, torch.Tensor]
+PREVIEW_LAYOUTS = 4
+PREVIEW_SCALE = 1.5
+
+
+def to_network(batch: dict[str, Any], device: torch.device, num_classes: int, dtype: torch.dtype) -> tuple:
+    """A loader's batch as the network reads it: images float32 [N, 3, H, W] in [-1, 1] (None without photographs) and
+    the layout [N, L, H, W]. Integers travel to the device, the rest is made there."""
+    image = batch.get("image")
+    if image is not None:
+        image = image.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+    instance = batch.get("instance")
+    if instance is not None:
+        instance = instance.to(device, non_blocking=True)
+    return image, encode_label_map(batch["label"].to(device, non_blocking=True), instance, num_classes, dtype)
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` of `total` indices, evenly spaced (all, where there are fewer)."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+class Validation:
+    """The denoising loss on a fixed set: the same images, timesteps and noise every time.
+
+    Image i of n has timestep (i + 1/2) / n of the trajectory, so that all noise levels count. Ranks share the work.
+    """
+
+    def __init__(self, dataset: LayoutDataset, diffusion: Any, world: World, *, images: int, batch_size: int):
+        self.dataset, self.diffusion, self.world = dataset, diffusion, world
+        self.indices = spread(images, len(dataset))
+        self.batch_size = batch_size
+
+    def loss(self, model: torch.nn.Module, weights: Weights) -> float:
+        """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective."""
+        mine = list(range(len(self.indices)))[self.world.rank :: self.world.size]
+        total = torch.zeros(1, dtype=torch.float64)
+        for slots, batch in self._batches(mine):
+            x_start, y = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
+            t = [(2 * slot + 1) * self.diffusion.num_timesteps // (2 * len(self.indices)) for slot in slots]
+            noise = normals([stable_seed("validation", slot) for slot in slots], x_start.shape[1:], x_start.device)
+            with evaluating(model, weights) as network:
+                terms = self.diffusion.training_losses(
+                    network, x_start, torch.tensor(t, device=x_start.device), {"y": y}, noise
+                )
+            total += terms.get("mse", terms["loss"]).double().sum().cpu()
+        return float(self.world.sum_(total)) / len(self.indices)
+
+    def _batches(self, slots: list[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        batches = sampling_batches(self.dataset, [self.indices[slot] for slot in slots], self.batch_size)
+        for first, batch in enumerate(batches):
+            yield slots[first * self.batch_size : (first + 1) * self.batch_size], batch
+
+
+class evaluating:
+    """Within it, a function that runs `model` with other weights, in evaluation mode, without gradients."""
+
+    def __init__(self, model: torch.nn.Module, weights: Weights):
+        self.model, self.weights = model, weights
+
+    def __enter__(self) -> Callable[..., torch.Tensor]:
+        self.no_grad = torch.no_grad()
+        self.no_grad.__enter__()
+        self.model.eval()
+        return lambda x, t, **kwargs: functional_call(self.model, self.weights, (x, t), kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        self.model.train()
+        self.no_grad.__exit__(*error)
+
+
+def preview_page(
+    model: torch.nn.Module, weights: Weights, diffusion: Any, dataset: LayoutDataset, device: torch.device, title: str
+) -> np.ndarray:
+    """A page of layout, photograph and guided sample for a few layouts, uint8 [H, W, 3].
+
+    :param diffusion: over the few steps that a preview takes.
+    """
+    indices = spread(PREVIEW_LAYOUTS, len(dataset))
+    batch = next(iter(sampling_batches(dataset, indices, len(indices))))
+    _, y = to_network(batch, device, dataset.num_classes, model.dtype)
+    noise = normals([stable_seed("preview", i) for i in indices], (3, *y.shape[2:])).to(device)
+    with evaluating(model, weights) as network:
+        for step in sample_loop(
+            diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": PREVIEW_SCALE}
+        ):
+            sample = step["sample"]
+    rows = []
+    for i, picture in enumerate(to_uint8(sample)):
+        photograph = batch["image"][i].permute(1, 2, 0).numpy() if "image" in batch else None
+        rows.append([colorize(batch["label"][i, 0].numpy(), dataset.spec.palette), photograph, picture])
+    page = contact_sheet(rows, column_titles=["layout", "photograph", "sample"], row_titles=batch["name"], title=title)
+    return np.asarray(page)
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3] on the CPU, rounded to the nearest."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,0 +1,79 @@
+"""Turns layouts into images with a trained network and classifier-free guidance.
+
+mpiexec -n 8 python image_sample.py --model_path .../ema_0.9999_best.pt --s 1.5 ...   (README.md has the commands)
+"""
+
+import dataclasses
+import sys
+
+from guided_diffusion import checkpoints, dist_util
+from guided_diffusion.image_datasets import open_dataset
+from guided_diffusion.pipeline import SDMPipeline
+from guided_diffusion.sample_util import SampleRun, sampling_of, sampling_record
+from guided_diffusion.script_util import (
+    ConfigError,
+    DataConfig,
+    DiffusionConfig,
+    ModelConfig,
+    SampleConfig,
+    build_config,
+    parse_flags,
+    resolve_precision,
+)
+
+
+def main() -> None:
+    classes = [SampleConfig, DataConfig, ModelConfig, DiffusionConfig]
+    flags = parse_flags(classes, description=__doc__)
+    world = dist_util.setup()
+    with dist_util.report_errors(world, (ConfigError, ValueError, FileNotFoundError, checkpoints.CheckpointError)):
+        config = build_config(SampleConfig, flags)
+        config.check()
+        recorded = checkpoints.read_config(config.model_path)
+        data = build_config(DataConfig, flags, recorded and recorded["data"])
+        settings = {
+            name: value
+            for name, value in flags.items()
+            if name in {field.name for cls in (ModelConfig, DiffusionConfig) for field in dataclasses.fields(cls)}
+        }
+        sampling = sampling_of(config, settings.get("timestep_respacing", ""))
+        precision = resolve_precision(config.precision, settings.get("use_fp16", False))
+
+        log = print if world.is_main else lambda message: None
+        log(f"results folder: {config.results_path}")
+        log(world.describe())
+        pipeline = SDMPipeline.from_checkpoint(
+            config.model_path,
+            precision=precision,
+            device=world.device,
+            keep_modulations=config.keep_modulations,
+            compile=config.compile,
+            **settings,
+        )
+        pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here
+        dataset = open_dataset(
+            data_dir=data.data_dir,
+            dataset_mode=data.dataset_mode,
+            split=config.split,
+            image_size=pipeline.model_config.image_size,
+            num_classes=pipeline.model_config.num_classes,
+            use_instances=not pipeline.model_config.no_instance,
+            labels_dir=config.labels_dir or None,
+        )
+        if dataset.has_instances == pipeline.model_config.no_instance:
+            raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
+        pipeline.model.check_size(*dataset.shape)
+        SampleRun(
+            pipeline=pipeline,
+            dataset=dataset,
+            config=config,
+            sampling=sampling,
+            record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), precision),
+            num_workers=data.num_workers,
+            world=world,
+            log=log,
+        ).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
