@@ -194,7 +194,7 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES), help="which of them, separated by commas")
     parser.add_argument("--data_dir", type=Path, help="real data for the one size named in --sizes")
@@ -202,8 +202,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=6, help="batches of 4 in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results_path", default=os.path.join("OUTPUT", "benchmarks", "loader.json"))
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parser.parse_args(arguments)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sizes.split(","):

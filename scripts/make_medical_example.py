@@ -27,7 +27,7 @@ BRIGHTNESS = (6, 92, 138, 214)
 
 
 def ellipse(size: int, center: tuple[float, float], radii: tuple[float, float], angle: float) -> np.ndarray:
-    """Distance from an ellipse's centre in units of its radius, [size, size]; inside it is below 1. Lengths are shares."""
+    """Distance from an ellipse's centre in units of its radius, [size, size]; below 1 inside. Lengths are shares."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size
     dx, dy = x - center[0], y - center[1]
     along, across = dx * math.cos(angle) + dy * math.sin(angle), dy * math.cos(angle) - dx * math.sin(angle)

@@ -3,34 +3,30 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import draw, save, shared_or_skip, write_benchmark, write_custom
+from data_helpers import REPOSITORY, draw, run_script, save, shared_or_skip, write_benchmark, write_custom
 from PIL import Image
 
 from guided_diffusion.dataset_specs import get_spec
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.pictures import bar_chart
 
-REPOSITORY = Path(__file__).parents[1]
-
-
-def script(name, *arguments):
-    return subprocess.run(
-        [sys.executable, f"scripts/{name}", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-    )
-
 
 def verify(root, report, *more, mode="custom"):
-    result = script("verify_data.py", "--data_dir", root, "--dataset_mode", mode, "--report_dir", report, *more)
-    assert "Traceback" not in result.stderr
-    return result
+    return run_script(
+        "scripts/verify_data.py",
+        "--data_dir",
+        root,
+        "--dataset_mode",
+        mode,
+        "--report_dir",
+        report,
+        "--workers",
+        1,
+        *more,
+    )
 
 
 def test_a_good_data_set(tmp_path):
@@ -131,7 +127,7 @@ def test_maps_from_cityscapes_polygons(tmp_path):
         path.unlink()
     result = verify(tmp_path, tmp_path / "report", mode="cityscapes")
     assert result.returncode == 1 and "scripts/prepare_cityscapes.py makes labelIds" in result.stderr
-    result = script("prepare_cityscapes.py", "--data_dir", tmp_path)
+    result = run_script("scripts/prepare_cityscapes.py", "--data_dir", tmp_path, "--workers", 1)
     assert result.returncode == 0 and "4 scenes: 3 maps drawn, 5 were there" in result.stdout, result.stderr
     sample = open_dataset(
         data_dir=tmp_path, dataset_mode="cityscapes", split="train", image_size=32, random_flip=False
@@ -141,7 +137,7 @@ def test_maps_from_cityscapes_polygons(tmp_path):
     assert np.array_equal(sample["label"][0], expected)
     assert np.array_equal(sample["instance"][0], np.where(expected == 26, 26000, 23))
     assert verify(tmp_path, tmp_path / "report", mode="cityscapes").returncode == 0
-    assert script("prepare_cityscapes.py", "--data_dir", tmp_path / "report").returncode == 1
+    assert run_script("scripts/prepare_cityscapes.py", "--data_dir", tmp_path / "report").returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -153,7 +149,11 @@ def test_maps_from_cityscapes_polygons(tmp_path):
 )
 def test_real_photographs(tmp_path, mode, folder, classes):
     data = shared_or_skip("data", folder)
-    result = verify(data, tmp_path, "--num_classes", classes, mode=mode)
+    command = ["scripts/verify_data.py", "--data_dir", data, "--dataset_mode", mode, "--num_classes", str(classes)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, *command, "--report_dir", tmp_path], cwd=REPOSITORY, env=environment, capture_output=True
+    )
     assert result.returncode == 0, result.stderr
 
 
