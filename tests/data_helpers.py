@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,6 +28,7 @@ def load_script(path: str) -> ModuleType:
     """A script of the repository as a module, so that its `main` runs in this process."""
     specification = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
     module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # worker processes look their functions up by name
     specification.loader.exec_module(module)
     return module
 
