@@ -3,7 +3,7 @@
 The published scores rest on TensorFlow's network of 2015-12-05, whose weights pytorch-fid ported to PyTorch. It differs
 from torchvision's Inception-v3 in three ways: 1008 outputs, average pools that leave the padding out of the mean, and a
 max pool in the last block's pooling branch. The weights are loaded into torchvision's network, whose convolutions are
-then put together here, each with its batch norm folded in and channels last: equal features in fewer passes over memory.
+then put together here, each with its batch norm folded in and channels last: equal features, less traffic to memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchvision.models.inception import BasicConv2d, Inception3
 INPUT_SIZE = 299
 CLASSES = 1008
 
-# Where the features of each size end: after the first and the second max pool, before the auxiliary classifier, at the end.
+# Where the features of each size end: after the first and second max pool, before the auxiliary classifier, at the end.
 STAGES = {
     64: ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"],
     192: ["Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"],
