@@ -125,15 +125,18 @@ class Report:
         self.warnings.append(message)
         print(f"warning: {message}", file=sys.stderr)
 
-    def finish(self, score: float | None, comparable: bool, **fields: Any) -> None:
-        """Writes the record to the file that --json names, if any; `score` is None where there is none yet."""
+    def finish(self, score: float | None, comparable: bool | None, **fields: Any) -> None:
+        """Writes the record to the file that --json names, if any.
+
+        `score` is None where there is none yet, `comparable` where no published weights exist to say so by.
+        """
         if self.arguments.json is None:
             return
         record = {
             "metric": self.metric,
             "score": score,
             "comparable": comparable,
-            **({} if comparable else {"note": NOT_COMPARABLE}),
+            **({"note": NOT_COMPARABLE} if comparable is False else {}),
             **fields,
             "warnings": self.warnings,
             "arguments": {name: _plain(value) for name, value in vars(self.arguments).items()},

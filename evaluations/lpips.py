@@ -13,7 +13,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,12 @@ ALEXNET_WEIGHTS = PublishedWeights(
 )
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
-# The squares that images are resized to in turn, and what is said of the whole preprocessing.
+# The sizes that images are resized to in turn, and what is said of the whole preprocessing.
 PREPROCESSINGS = {
-    "published": ((256, 299), "bilinear to 256x256, then to 299x299, ImageNet mean and deviation, LPIPS scaling"),
+    "published": (
+        ((256, 256), (299, 299)),
+        "bilinear to 256x256, then to 299x299, ImageNet mean and deviation, LPIPS scaling",
+    ),
     "standard": ((), "own size, [-1, 1], LPIPS scaling"),
 }
 
@@ -54,7 +57,7 @@ def import_lpips_package() -> ModuleType:
     """The installed package `lpips`, which this script's own name hides.
 
     Python puts the folder of the script first on its search path, so a plain `import lpips` here would find this file.
-    That folder is left out of the search for the time of the import. Raises EvaluationError if the package is not installed.
+    That folder is left out of the search for the time of the import. Raises EvaluationError if the package is missing.
     """
     here = Path(__file__).resolve().parent
     search_path = sys.path[:]
@@ -124,7 +127,7 @@ class PairwiseDistance(nn.Module):
         return total
 
 
-def load_samples(layout: Layout, sizes: tuple[int, ...]) -> torch.Tensor:
+def load_samples(layout: Layout, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
     """A layout's samples as bytes [S, H, W, 3]."""
     return torch.stack([load_rgb(path, sizes, "bilinear") for path in layout.samples])
 

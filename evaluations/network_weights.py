@@ -56,7 +56,7 @@ def find_weights(choice: str | None, wanted: PublishedWeights, report: Report) -
         path = Path(choice)
         if not path.is_file():
             raise EvaluationError(f"--weights {choice}: no such file (or the word {RANDOM})")
-        digest = _sha256(path)
+        digest = file_sha256(path)
         published = digest.startswith(wanted.sha256)
         if not published:
             report.warn(f"--weights {choice} is not the published {wanted.file_name}: the score is {NOT_COMPARABLE}")
@@ -64,7 +64,7 @@ def find_weights(choice: str | None, wanted: PublishedWeights, report: Report) -
     path = Path(torch.hub.get_dir()) / "checkpoints" / wanted.file_name
     if not path.is_file():
         _download(wanted, path)
-    digest = _sha256(path)
+    digest = file_sha256(path)
     if not digest.startswith(wanted.sha256):
         raise EvaluationError(f"{path}: sha256 {digest[:16]}... should begin {wanted.sha256}; delete the damaged file")
     return Weights(path, digest, True)
@@ -86,7 +86,8 @@ def _download(wanted: PublishedWeights, path: Path) -> None:
         ) from error
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

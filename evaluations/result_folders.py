@@ -162,16 +162,16 @@ def _tail(path: Path, length: int = 4096) -> bytes:
         return file.read()
 
 
-def load_rgb(path: Path, sizes: Sequence[int] = (), filter_name: str | None = None) -> torch.Tensor:
+def load_rgb(path: Path, sizes: Sequence[tuple[int, int]] = (), filter_name: str | None = None) -> torch.Tensor:
     """An image as bytes [H, W, 3]; grey is repeated, transparency dropped.
 
-    Resized to squares of these `sizes` in turn, with antialiasing and rounding to 8 bits, as a saved image would be.
+    Resized to these `sizes` (height, width) in turn, with antialiasing and rounding to 8 bits, as saved images are.
     """
     with Image.open(path) as image:
         rgb = image.convert("RGB")
-    for size in sizes:
-        if rgb.size != (size, size):
-            rgb = rgb.resize((size, size), FILTERS[filter_name])
+    for height, width in sizes:
+        if rgb.size != (width, height):
+            rgb = rgb.resize((width, height), FILTERS[filter_name])
     return torch.from_numpy(np.array(rgb))
 
 
@@ -187,7 +187,7 @@ class Items(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Any]:
         try:
             return index, self.load(self.items[index])
-        except (OSError, SyntaxError, ValueError, EvaluationError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return index, f"unreadable: {error}"
 
 

@@ -202,7 +202,7 @@ def compute_statistics(
 ) -> None:
     """Fills in the mean and covariance of a folder's features, and the features themselves for the kernel distance."""
     images = list(source.checked.good)
-    sizes = (preprocessing.resize,) if preprocessing.resize else ()
+    sizes = [(preprocessing.resize, preprocessing.resize)] if preprocessing.resize else []
     load = partial(load_rgb, sizes=sizes, filter_name=preprocessing.filter)
     batches = read_images(images, load, arguments.batch_size, arguments.num_workers, device.type == "cuda")
     statistics = FeatureStatistics(arguments.dims)
