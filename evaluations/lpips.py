@@ -13,6 +13,7 @@ import importlib
 import math
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-import torchvision
 from command_line import (
     EvaluationError,
     Report,
@@ -90,12 +90,10 @@ class PairwiseDistance(nn.Module):
         with warnings.catch_warnings(category=UserWarning, action="ignore"):  # the package's use of torchvision is old
             # pnet_rand: no download of AlexNet behind our back, its weights come from a file whose hash is known
             metric = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
-        alexnet = torchvision.models.alexnet()
-        fill_network(alexnet, weights)
         self.slices = nn.ModuleList(getattr(metric.net, f"slice{k + 1}") for k in range(metric.L))
-        for part in self.slices:
-            for index, layer in part.named_children():
-                layer.load_state_dict(alexnet.features[int(index)].state_dict())
+        # the package keeps AlexNet's layers under the names they have among torchvision's `features`
+        layers = OrderedDict(child for part in self.slices for child in part.named_children())
+        fill_network(nn.Sequential(layers), weights, prefix="features.")
         self.scaling = metric.scaling_layer
         self.channel_weights = nn.ParameterList(
             linear.model[-1].weight.detach().clone().flatten() for linear in metric.lins

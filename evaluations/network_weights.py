@@ -95,8 +95,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fill_network(network: nn.Module, weights: Weights) -> None:
-    """Puts the weights into the network, in place.
+def fill_network(network: nn.Module, weights: Weights, prefix: str = "") -> None:
+    """Puts the weights into the network, in place; those of the file whose names begin with `prefix`.
 
     Random ones are He's normal initialisation from one seed: it keeps the scale of the features through the layers.
     Raises EvaluationError if the file does not hold this network's weights.
@@ -112,7 +112,7 @@ def fill_network(network: nn.Module, weights: Weights) -> None:
         return
     try:
         state = torch.load(weights.path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state)
+        network.load_state_dict({key[len(prefix) :]: state[key] for key in state if key.startswith(prefix)})
     except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError) as error:
         reason = str(error)[:300]
         raise EvaluationError(f"{weights.path} does not hold the weights of this network: {reason}") from error

@@ -54,7 +54,7 @@ def load_segmenter(
         network, stated, record = _load_torchscript(Path(name), device)
     else:
         network, stated, record = _load_hugging_face(name, report)
-    network.to(device).eval().requires_grad_(False)
+    network.to(device).eval()
     return Segmenter(network, mean or stated[0], deviation or stated[1], {"source": name, **record})
 
 

@@ -1,4 +1,4 @@
-"""The FID scorer against pytorch-fid, torchmetrics, SciPy and cases with a known answer; and what it says to bad input."""
+"""The FID scorer against pytorch-fid, torchmetrics, SciPy and known answers; and what it says to bad input."""
 
 from __future__ import annotations
 
@@ -194,10 +194,10 @@ def test_fid_equals_pytorch_fid_on_photographs(network, reference, tmp_path):
         return image.crop((60, 40, 420, 310))
 
     sets = {
-        "test": write_photographs(tmp_path / "test", "test", 12),
-        "val": write_photographs(tmp_path / "val", "val", 12),
-        "crops": write_photographs(tmp_path / "crops", "test", 12, crop),
-        "blurred": write_photographs(tmp_path / "blurred", "test", 12, blurred(2)),
+        "test": write_photographs(tmp_path / "test", "test", 8),
+        "val": write_photographs(tmp_path / "val", "val", 8),
+        "crops": write_photographs(tmp_path / "crops", "test", 8, crop),
+        "blurred": write_photographs(tmp_path / "blurred", "test", 8, blurred(2)),
     }
     images = {name: [result_folders.load_rgb(path) for path in sorted(path.iterdir())] for name, path in sets.items()}
     expected = {name: reference_features(reference, items) for name, items in images.items()}
@@ -246,10 +246,10 @@ def test_fid_grows_with_damage(tmp_path, damage, capsys):
         return save
 
     levels = {"blur": map(blurred, (1, 2, 4)), "noise": map(noise, (10, 30, 60)), "jpeg": map(jpeg, (60, 20, 5))}
-    clean = write_photographs(tmp_path / "clean", "val", 12)
+    clean = write_photographs(tmp_path / "clean", "val", 8)
     scores = []
     for level, change in enumerate(levels[damage]):
-        worse = write_photographs(tmp_path / str(level), "val", 12, change)
+        worse = write_photographs(tmp_path / str(level), "val", 8, change)
         call("test_with_FID", clean, worse, "--weights", "random", "--dims", 192)
         scores.append(last_number(capsys.readouterr().out))
     assert 0 < scores[0] < scores[1] < scores[2]
