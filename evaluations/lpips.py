@@ -41,6 +41,7 @@ ALEXNET_WEIGHTS = PublishedWeights(
     url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     sha256="7be5be79",
 )
+SMALLEST_SIDE = 31  # of an image that AlexNet's pooling does not reduce to nothing
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 # The sizes that images are resized to in turn, and what is said of the whole preprocessing.
@@ -204,6 +205,12 @@ def check_samples(
                 f"{layout.name}: samples of different sizes ({shown(sorted(sizes))}); LPIPS needs one size: "
                 "--preprocessing published resizes them"
             )
+    smallest = min((min(size), size) for size in checked.sizes)[1]
+    if preprocessing == "standard" and min(smallest) < SMALLEST_SIDE:
+        raise EvaluationError(
+            f"images of {smallest[0]}x{smallest[1]} are too small for AlexNet, which needs {SMALLEST_SIDE} pixels a side: "
+            "--preprocessing published enlarges them"
+        )
     if len(checked.sizes) > 1 and preprocessing == "published":
         sizes = shown([f"{width}x{height}" for width, height in sorted(checked.sizes)])
         report.warn(f"images of {len(checked.sizes)} sizes ({sizes}); each is resized on its own")
@@ -253,12 +260,15 @@ def main() -> None:
     scores = score_layouts(layouts, distance, device, arguments, report)
     score = math.fsum(scores.values()) / len(scores)
     samples = len(layouts[0].samples)
-    print(f"{len(scores)} layouts, {samples} samples each, {samples * (samples - 1) // 2} pairs each")
+    folders = [path.parent.name for path in layouts[0].samples]
+    pairs = samples * (samples - 1) // 2
+    print(f"{len(scores)} layouts, {samples} samples each ({', '.join(folders)}), {pairs} pairs each")
     report.finish(
         score,
         weights.published,
         layouts=len(scores),
         samples_per_layout=samples,
+        folders=folders,
         names={"matched": len(scores), "incomplete": incomplete},
         images=images,
         preprocessing=how,

@@ -73,8 +73,7 @@ def find_weights(choice: str | None, wanted: PublishedWeights, report: Report) -
 def _download(wanted: PublishedWeights, path: Path) -> None:
     try:
         # asked first with a time limit, since the download itself has none and would hang behind a silent firewall
-        with urllib.request.urlopen(urllib.request.Request(wanted.url, method="HEAD"), timeout=CONNECTION_TIMEOUT):
-            pass
+        urllib.request.urlopen(wanted.url, timeout=CONNECTION_TIMEOUT).close()
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {wanted.url} to {path}")
         torch.hub.download_url_to_file(wanted.url, str(path), hash_prefix=wanted.sha256)

@@ -24,17 +24,19 @@ FILTERS = {
 }
 DEEP_MODES = ("I", "F")  # I, I;16, I;16B, F: more than 8 bits per channel, which Pillow would clip rather than scale
 END_OF_JPEG = b"\xff\xd9"
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 NAMES_SHOWN = 3
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images of a folder (not of its sub-folders), sorted by name. Raises EvaluationError if there are none."""
+    """The images of a folder (no hidden files, no sub-folders) by name. Raises EvaluationError if there are none."""
     if not folder.exists():
         raise EvaluationError(f"{folder}: no such folder")
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: not a folder of images")
-    entries = sorted(folder.iterdir())
-    images = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    # a broken link counts as an image, to be named as unreadable rather than passed over
+    images = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()]
     if not images:
         inside = [entry.name for entry in entries if entry.is_dir()]
         hint = f"it holds the folders {shown(inside)}: name one of them" if inside else "is it the right folder?"
@@ -56,7 +58,10 @@ def read_names(file: Path) -> list[str]:
     """Names listed in a text file, one a line, with or without suffix. Raises EvaluationError if there are none."""
     if not file.is_file():
         raise EvaluationError(f"{file}: no such file; it should list one name a line")
-    names = [Path(line.strip()) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        names = [Path(line.strip()) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{file}: not a text file; it should list one name a line") from error
     if not names:
         raise EvaluationError(f"{file}: lists no names; it should list one a line")
     return [name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name for name in names]
@@ -151,7 +156,7 @@ def _look_at(path: Path) -> tuple[tuple[int, int], str] | str:
                 image.verify()  # the checksums, without decoding
             elif image.format != "JPEG" or END_OF_JPEG not in _tail(path):
                 image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         return f"unreadable: {error}"
     return size, mode
 
@@ -187,7 +192,7 @@ class Items(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Any]:
         try:
             return index, self.load(self.items[index])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             return index, f"unreadable: {error}"
 
 

@@ -120,7 +120,7 @@ def choose_paths(arguments: argparse.Namespace) -> list[Path]:
 def open_source(
     path: Path,
     listed: dict[Path, list[Path]],
-    protocol: dict[str, str] | None,
+    protocol: dict[str, str],
     arguments: argparse.Namespace,
     report: Report,
 ) -> Source:
@@ -133,7 +133,7 @@ def open_source(
     return Source(path, checked, record={"images": checked.describe()})
 
 
-def read_statistics(path: Path, dims: int, protocol: dict[str, str] | None, report: Report) -> Source:
+def read_statistics(path: Path, dims: int, protocol: dict[str, str], report: Report) -> Source:
     """Statistics from an .npz file with `mu` and `sigma`, as --save_stats and pytorch-fid write them.
 
     Raises EvaluationError if they are missing, of another size, not finite, or were made by another protocol.
@@ -147,7 +147,10 @@ def read_statistics(path: Path, dims: int, protocol: dict[str, str] | None, repo
         raise EvaluationError(f"{path}: not a readable .npz file ({error})") from error
     if not {"mu", "sigma"} <= arrays.keys():
         raise EvaluationError(f"{path}: needs the arrays mu and sigma, holds {shown(sorted(arrays)) or 'none'}")
-    mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    mean, covariance = arrays["mu"], arrays["sigma"]
+    if not all(np.issubdtype(array.dtype, np.number) for array in (mean, covariance)):
+        raise EvaluationError(f"{path}: mu and sigma should be numbers, are {mean.dtype} and {covariance.dtype}")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:
         raise EvaluationError(f"{path}: mu is {mean.shape} and sigma {covariance.shape}; expected (D,) and (D, D)")
     if len(mean) != dims:
@@ -155,11 +158,20 @@ def read_statistics(path: Path, dims: int, protocol: dict[str, str] | None, repo
         raise EvaluationError(f"{path}: statistics of {len(mean)} dimensions, but --dims is {dims}; use {remedy}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise EvaluationError(f"{path}: the statistics hold values that are not finite; make them again")
+    scale = np.abs(covariance).max()
+    if (np.diag(covariance) < 0).any() or not np.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * scale):
+        raise EvaluationError(f"{path}: sigma is no covariance: not symmetric, or negative on its diagonal")
     if "protocol" not in arrays:
         report.warn(f"{path} does not say how it was made; see that preprocessing and weights were the same")
         return Source(path, mean=mean, covariance=covariance)
-    record = json.loads(str(arrays["protocol"]))
-    for name, here in (protocol or {}).items():
+    try:
+        record = json.loads(str(arrays["protocol"]))
+        missing = {"preprocessing", "weights"} - record.keys()
+    except (ValueError, AttributeError) as error:
+        raise EvaluationError(f"{path}: its protocol is no JSON record ({error}); make the file again") from error
+    if missing:
+        raise EvaluationError(f"{path}: its protocol lacks {shown(sorted(missing))}; make the file again")
+    for name, here in protocol.items():
         if record[name] != here:
             raise EvaluationError(f"{path}: made with {name} {record[name]!r}, this run has {here!r}; make them alike")
     return Source(path, mean=mean, covariance=covariance, record=record)
@@ -260,7 +272,7 @@ def main() -> None:
     check_output("--json", arguments.json)
     check_output("--save_stats", arguments.save_stats)
     device = choose_device(arguments.device)
-    listed = {path: list_images(path) for path in paths if path.suffix != ".npz"}
+    listed = {path: list_images(path) for path in paths if path.suffix != ".npz" or path.is_dir()}
     if arguments.kid and len(listed) != len(paths):
         raise EvaluationError("--kid True needs folders of images: statistics do not hold the single features")
     weights = find_weights(arguments.weights, INCEPTION_WEIGHTS, report) if listed else None

@@ -496,6 +496,12 @@ def test_statistics_files_that_do_not_fit(folders, tmp_path):
             "2048 dimensions, but --dims is 64; use --dims 2048",
         ),
         (saved("shape.npz", mu=np.zeros(64), sigma=np.eye(63)), r"expected \(D,\) and \(D, D\)"),
+        (saved("words.npz", mu=np.array(["x"] * 64), sigma=np.eye(64)), "should be numbers"),
+        (saved("negative.npz", mu=np.zeros(64), sigma=-np.eye(64)), "no covariance"),
+        (saved("slanted.npz", mu=np.zeros(64), sigma=np.triu(np.ones((64, 64)))), "no covariance"),
+        (saved("objects.npz", mu=np.array([None] * 64), sigma=np.eye(64)), "not a readable .npz file"),
+        (saved("other.npz", **good, protocol="words"), "its protocol is no JSON record"),
+        (saved("lacking.npz", **good, protocol="{}"), "its protocol lacks preprocessing, weights"),
         (saved("nan.npz", mu=good["mu"] * np.nan, sigma=good["sigma"]), "not finite"),
         (tmp_path / "none.npz", "no such file"),
     ]

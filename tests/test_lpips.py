@@ -212,6 +212,9 @@ def test_test_list_chooses_layouts(results, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("\n")
     with fails("names.txt: lists no names"):
         call("lpips", results, *RANDOM, "--test_list", tmp_path / "names.txt")
+    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
+    with fails("names.txt: not a text file"):
+        call("lpips", results, *RANDOM, "--test_list", tmp_path / "names.txt")
 
 
 def test_the_package_missing_is_an_error_that_says_so(monkeypatch):
@@ -275,6 +278,18 @@ def test_samples_of_different_sizes_need_the_resizing_preprocessing(results, cap
         call("lpips", results, *RANDOM, "--preprocessing", "standard")
     call("lpips", results, *RANDOM)
     assert "images of 2 sizes" in capsys.readouterr().err
+
+
+def test_samples_too_small_for_the_network(results, capsys):
+    for size, message in ((30, "images of 30x30 are too small"), (31, None)):
+        for path in results.glob("*/*.png"):
+            Image.open(path).resize((size, size)).save(path)
+        if message:
+            with fails(message):
+                call("lpips", results, *RANDOM, "--preprocessing", "standard")
+        else:
+            call("lpips", results, *RANDOM, "--preprocessing", "standard")
+            assert last_number(capsys.readouterr().out) > 0
 
 
 def test_two_images_of_one_name_are_an_error(results):
