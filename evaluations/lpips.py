@@ -208,8 +208,8 @@ def check_samples(
     smallest = min((min(size), size) for size in checked.sizes)[1]
     if preprocessing == "standard" and min(smallest) < SMALLEST_SIDE:
         raise EvaluationError(
-            f"images of {smallest[0]}x{smallest[1]} are too small for AlexNet, which needs {SMALLEST_SIDE} pixels a side: "
-            "--preprocessing published enlarges them"
+            f"images of {smallest[0]}x{smallest[1]} are too small for AlexNet, which needs {SMALLEST_SIDE} pixels a "
+            "side: --preprocessing published enlarges them"
         )
     if len(checked.sizes) > 1 and preprocessing == "published":
         sizes = shown([f"{width}x{height}" for width, height in sorted(checked.sizes)])

@@ -33,7 +33,7 @@ from command_line import (
 )
 from frechet import FeatureStatistics, frechet_distance, kernel_distance
 from inception import INPUT_SIZE, STAGES, InceptionFeatures, build_network
-from network_weights import RANDOM, PublishedWeights, fill_network, find_weights
+from network_weights import RANDOM, PublishedWeights, Weights, fill_network, find_weights
 from result_folders import FILTERS, CheckedImages, check_images, list_images, load_rgb, read_images, shown
 from torch.nn import functional
 from tqdm import tqdm
@@ -264,6 +264,17 @@ def compare_names(sources: list[Source]) -> dict[str, Any]:
     return {"matched": len(first & second), "only in 1": sorted(first - second), "only in 2": sorted(second - first)}
 
 
+def is_comparable(sources: list[Source], preprocessing: Preprocessing, weights: Weights | None, dims: int) -> bool:
+    """Whether nothing known speaks against comparing the number with published ones of equally many images."""
+    hashes = [source.record["weights"] for source in sources if "weights" in source.record]
+    return (
+        dims == max(STAGES)
+        and (preprocessing.resize, preprocessing.filter) == MODES[preprocessing.mode]
+        and (weights is None or weights.published)
+        and all(name.startswith(INCEPTION_WEIGHTS.sha256) for name in hashes)
+    )
+
+
 def main() -> None:
     arguments = parse_arguments()
     report = Report("FID", arguments, packages=("scipy",))
@@ -290,13 +301,7 @@ def main() -> None:
             if source.checked:
                 compute_statistics(source, features, preprocessing, device, arguments, report)
 
-    used = [weights.published] if weights else []
-    used += [
-        source.record["weights"].startswith(INCEPTION_WEIGHTS.sha256)
-        for source in sources
-        if "weights" in source.record
-    ]
-    comparable = all(used) and arguments.dims == max(STAGES)
+    comparable = is_comparable(sources, preprocessing, weights, arguments.dims)
     fields = {
         "sources": [{"path": str(source.path), **source.record} for source in sources],
         "names": compare_names(sources) if len(sources) == 2 else {},

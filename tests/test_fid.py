@@ -386,6 +386,9 @@ def test_weights_in_the_hub_with_the_right_hash_are_used(
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["comparable"] is True
     assert record["weights"]["sha256"] == digest
+    for flags in (["--dims", 64], ["--resize", 64]):  # neither is the FID that papers print
+        call("test_with_FID", *folders, *flags)
+        assert "not comparable" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_file_of_other_weights_is_refused_or_marked(folders, tmp_path, weights_file, capsys):
