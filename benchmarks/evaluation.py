@@ -146,7 +146,8 @@ def compare_lpips(images: int, rounds: int, folder: Path) -> None:
     for index in range(SAMPLES):
         write_pictures(folder / f"samples_{index}", layouts, index, width=256, height=256)
     distance = scorer.PairwiseDistance(unpublished, images_per_pass=16)
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     for index, part in enumerate(distance.slices):
         getattr(metric.net, f"slice{index + 1}").load_state_dict(part.state_dict())

@@ -88,7 +88,8 @@ class PairwiseDistance(nn.Module):
     def __init__(self, weights: Weights, images_per_pass: int) -> None:
         super().__init__()
         package = import_lpips_package()
-        with warnings.catch_warnings(category=UserWarning, action="ignore"):  # the package's use of torchvision is old
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the package uses torchvision in a way that is deprecated
             # pnet_rand: no download of AlexNet behind our back, its weights come from a file whose hash is known
             metric = package.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
         self.slices = nn.ModuleList(getattr(metric.net, f"slice{k + 1}") for k in range(metric.L))

@@ -56,7 +56,8 @@ def reference(alexnet_file):
 
 
 def package_metric(alexnet_file):
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = torch.load(alexnet_file, weights_only=True)
     slices = [getattr(metric.net, f"slice{k}") for k in range(1, 6)]
@@ -122,7 +123,8 @@ def test_pairs_of_photographs_equal_the_package_under_both_preprocessings(distan
 def test_standard_preprocessing_equals_torchmetrics(distance, alexnet_file, results, monkeypatch):
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         metric = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
     state = torch.load(alexnet_file, weights_only=True)
     features = [value for key, value in state.items() if key.startswith("features.")]
