@@ -3,8 +3,7 @@
     python benchmarks/loader.py --results_path OUTPUT/benchmarks/loader.json
 
 Draws scenes at the sizes of CamVid, COCO-Stuff, CelebAMask-HQ and Cityscapes (or takes real ones with --data_dir),
-then measures in rounds that alternate between the variants, so that a busy machine slows all of them alike. Ratios
-compare medians.
+then measures CPU time in rounds that alternate between the variants, so that a busy machine disturbs ratios little.
 """
 
 import argparse
@@ -107,38 +106,41 @@ class PlainPillow(Dataset):
 
 
 def stage_costs(dataset: LayoutDataset) -> dict[str, float]:
-    """Milliseconds of each stage for one sample, medians over the items and some repeats."""
+    """Milliseconds of CPU time of each stage for one sample, medians over the items and some repeats."""
     spec, seconds = dataset.spec, {"decode photograph": [], "decode maps": [], "resize, crop, flip": []}
     for position in range(min(24, 3 * len(dataset))):
         item = dataset.items[position % len(dataset)]
-        start = time.perf_counter()
+        start = time.process_time()
         image = read_image(item.image, spec)
-        seconds["decode photograph"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+        seconds["decode photograph"].append(time.process_time() - start)
+        start = time.process_time()
         maps = [read_label(item.label, spec)[0]]
         if item.instance:
             maps.append(read_instances(item.instance))
-        seconds["decode maps"].append(time.perf_counter() - start)
-        start = time.perf_counter()
+        seconds["decode maps"].append(time.process_time() - start)
+        start = time.process_time()
         geometry = dataset.geometry(image.size, position)
         geometry.apply_to_image(image)
         for ids in maps:
             geometry.apply_to_map(ids)
-        seconds["resize, crop, flip"].append(time.perf_counter() - start)
+        seconds["resize, crop, flip"].append(time.process_time() - start)
     return {stage: 1e3 * float(np.median(values)) for stage, values in seconds.items()}
 
 
 def rates(variants: dict[str, Callable[[], object]], samples: int, options: argparse.Namespace) -> dict[str, float]:
-    """Samples per second of each variant in one process: medians over rounds in which they take turns."""
+    """Samples per second of CPU time of each variant: medians over rounds in which they take turns."""
     seconds = {name: [] for name in variants}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker; idle threads that wait for work would count as CPU time
     for take in variants.values():
         take()  # files come into the page cache
     for _ in range(options.rounds):
         for name, take in variants.items():
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(options.batches):
                 take()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
     return {name: samples * options.batches / float(np.median(values)) for name, values in seconds.items()}
 
 
