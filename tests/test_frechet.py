@@ -130,7 +130,7 @@ def test_distance_of_equal_and_of_constant_sets():
     assert frechet.frechet_distance(mean, covariance, *constant) == pytest.approx(expected, rel=1e-12)
 
 
-def test_kernel_distance_equals_torchmetrics(monkeypatch):
+def test_kernel_distance_equals_torchmetrics():
     from torchmetrics.image.kid import poly_mmd
 
     generator = np.random.default_rng(3)
