@@ -23,8 +23,14 @@ from guided_diffusion.pictures import colorize, contact_sheet, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = [
-    ("ddpm", 1000), ("ddpm", 50), ("ddim", 50), ("ddim", 20), ("dpmsolver++", 50), ("dpmsolver++", 20), ("dpmsolver++", 10),
-]  # fmt: skip
+    ("ddpm", 1000),
+    ("ddpm", 50),
+    ("ddim", 50),
+    ("ddim", 20),
+    ("dpmsolver++", 50),
+    ("dpmsolver++", 20),
+    ("dpmsolver++", 10),
+]
 COLUMNS = 8
 
 
