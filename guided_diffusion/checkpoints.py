@@ -126,19 +126,18 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
     :param manifest: what else it shall hold.
     :raises CheckpointError: nothing of this set counts, and its files are removed; older sets are unharmed.
     """
-    written = []
+    manifest_path = os.path.join(folder, manifest_name(step))
+    files = {}
     try:
-        files = {}
         for name, content in contents.items():
             path = os.path.join(folder, name)
             made = content()
             with atomic_write(path) as file:
                 torch.save(made, file)
-            written.append(path)
             files[name] = {"size": os.path.getsize(path), "sha256": file_hash(path)}
-        write_json(os.path.join(folder, manifest_name(step)), {"step": step, "files": files, **manifest})
+        write_json(manifest_path, {"step": step, "files": files, **manifest})
     except CheckpointError:
-        for path in written:
+        for path in (manifest_path, *(os.path.join(folder, name) for name in files)):
             with contextlib.suppress(OSError):
                 os.remove(path)
         raise

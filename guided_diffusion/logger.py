@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -32,7 +33,9 @@ class Logger:
             raise ImportError("--tensorboard True needs the package tensorboard: pip install tensorboard")
         self._pending: list[str] = []
         self._columns: list[str] = []
-        self._text = self._rows = self._writer = None
+        self._text: TextIO | None = None
+        self._rows: TextIO | None = None
+        self._writer: Any = None
 
     def open(self, step: int) -> None:
         """Creates the folder and files, or goes on in those of a run continued at `step`.
@@ -46,9 +49,7 @@ class Logger:
         self._drop_rows(step)
         self._text = open(self._path("log.txt"), "a", encoding="utf-8")  # noqa: SIM115
         self._rows = open(self._path("progress.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
-        for line in self._pending:
-            self._text.write(line)
-        self._text.flush()
+        self._write(self._text, "".join(self._pending))
         self._pending.clear()
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -64,15 +65,13 @@ class Logger:
         if self._text is None:
             self._pending.append(line)
         else:
-            self._text.write(line)
-            self._text.flush()
+            self._write(self._text, line)
 
     def row(self, figures: dict[str, Any]) -> None:
         """One row of figures by name; `step` is one of them."""
         if not self.active:
             return
-        self._rows.write(json.dumps(figures) + "\n")
-        self._rows.flush()
+        self._write(self._rows, json.dumps(figures) + "\n")
         self._append_csv(figures)
         if self._writer is not None:
             for name, value in figures.items():
@@ -93,14 +92,24 @@ class Logger:
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
+    @staticmethod
+    def _write(file: TextIO, text: str) -> None:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:  # a full disk, most likely; Python does not say which file
+            raise OSError(error.errno, error.strerror, file.name) from error
+
     def _append_csv(self, figures: dict[str, Any]) -> None:
         """A figure that was not there before becomes a new column, empty in the rows above."""
         new = [name for name in figures if name not in self._columns]
         if new:
             self._columns += new
             self._rewrite_csv(lambda row: True)
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, self._columns, restval="").writerow(figures)
         with open(self._path("progress.csv"), "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow(figures)
+            self._write(file, line.getvalue())
 
     def _drop_rows(self, last: int) -> None:
         """Takes the rows after step `last` out of both files, and half a row that a killed run left."""
