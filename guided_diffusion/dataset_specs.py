@@ -70,6 +70,7 @@ class DatasetSpec:
     label_scale: bool = False  # labels may be smaller or larger than their photograph, of the same aspect
     grey: bool = False
     exif: str = "ignore"
+    preparation: str = ""  # the end of a message about files that are missing: what makes them
 
     def lookup_table(self, size: int) -> np.ndarray:
         """int32 [size]: the network's id for each id in a file, -1 where that id is not allowed."""
@@ -155,12 +156,32 @@ def _benchmark(mode: str) -> DatasetSpec:
             nested=True,
             splits={"train": ("train",), "val": ("val",), "test": ("val",)},
         )
-        return DatasetSpec(**known, layout=layout, ignore_class=0, instances="files", crop="keep_aspect")
+        return DatasetSpec(
+            **known,
+            layout=layout,
+            ignore_class=0,
+            instances="files",
+            crop="keep_aspect",
+            preparation="; scripts/prepare_cityscapes.py makes labelIds and instanceIds from the polygons",
+        )
     if mode == "celeba":  # photographs of 1024 x 1024 with label maps of 512 x 512
         layout = FolderLayout("{split}/images", "{split}/labels")
-        return DatasetSpec(**known, layout=layout, instances="labels", label_scale=True)
+        return DatasetSpec(
+            **known,
+            layout=layout,
+            instances="labels",
+            label_scale=True,
+            preparation="; scripts/prepare_celebamask.py makes it from the published archive",
+        )
     layout = FolderLayout("{split}_img", "{split}_label", "{split}_inst")
-    return DatasetSpec(**known, layout=layout, remap={255: 182}, ignore_class=182, instances="files")
+    return DatasetSpec(
+        **known,
+        layout=layout,
+        remap={255: 182},
+        ignore_class=182,
+        instances="files",
+        preparation="; scripts/prepare_cocostuff.py makes it from the published archives",
+    )
 
 
 def get_spec(

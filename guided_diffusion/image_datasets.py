@@ -18,7 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from .dataset_specs import DataError, DatasetSpec, MissingSplitError, get_spec
 from .image_listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
-from .image_transforms import Geometry, read_image, read_instances, read_label, sampling_geometry, training_geometry
+from .image_transforms import (
+    Geometry,
+    check_sizes,
+    read_image,
+    read_instances,
+    read_label,
+    sampling_geometry,
+    training_geometry,
+)
 
 __all__ = [
     "DataError",
@@ -76,8 +84,8 @@ class LayoutDataset(Dataset):
         image = None if item.image is None else read_image(item.image, spec)
         size = label.size if image is None else image.size
         if image is not None:
-            self._check_sizes(item.image, size, item.label, label.size)
-        geometry = self._geometry(size, position)
+            check_sizes(spec, item.image, size, item.label, label.size, spec.label_scale)
+        geometry = self.geometry(size, position)
         sample = {"name": item.name}
         if image is not None:
             sample["image"] = torch.from_numpy(geometry.apply_to_image(image).transpose(2, 0, 1).copy())
@@ -87,11 +95,7 @@ class LayoutDataset(Dataset):
             sample["instance"] = torch.from_numpy(ids)
             if item.instance is not None:
                 instances = read_instances(item.instance)
-                if instances.size != label.size:
-                    raise DataError(
-                        f"{item.instance} is {instances.width} x {instances.height} but {item.label} is {label.width} x"
-                        f" {label.height}; they must have one size"
-                    )
+                check_sizes(spec, item.label, label.size, item.instance, instances.size)
                 sample["instance"] = torch.from_numpy(geometry.apply_to_map(instances)[None])
         shape = tuple(sample["label"].shape[1:])
         if shape != self.shape:
@@ -102,7 +106,8 @@ class LayoutDataset(Dataset):
             )
         return sample
 
-    def _geometry(self, size: tuple[int, int], position: int) -> Geometry:
+    def geometry(self, size: tuple[int, int], position: int) -> Geometry:
+        """The transform of a photograph of `size` (width, height) at a global position."""
         if not self.training:
             return sampling_geometry(size, self.image_size, self.spec.crop)
         return training_geometry(
@@ -113,18 +118,6 @@ class LayoutDataset(Dataset):
             random_crop=self.random_crop,
             random_flip=self.random_flip,
             scale_jitter=self.scale_jitter,
-        )
-
-    def _check_sizes(self, path: str, size: tuple[int, int], other_path: str, other: tuple[int, int]) -> None:
-        if size == other:
-            return
-        same_aspect = abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)  # to a pixel's rounding
-        if self.spec.label_scale and same_aspect:
-            return
-        hint = ' (or, as their aspect is the same, set "label_scale": true in dataset.json)'
-        raise DataError(
-            f"{path} is {size[0]} x {size[1]} but {other_path} is {other[0]} x {other[1]}; they must have one size"
-            + (hint if self.spec.name == "custom" and same_aspect else "")
         )
 
     def _first_shape(self) -> tuple[int, int]:

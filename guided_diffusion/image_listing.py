@@ -56,27 +56,40 @@ def list_items(spec: DatasetSpec, data_dir: str | os.PathLike, split: str, use_i
     Raises MissingSplitError where the split's folder is not there, DataError where it is empty, where two files share a
     stem, or where a photograph, label map or instance map lacks its partner.
     """
+    items, problems = pair_files(spec, data_dir, split, use_instances)
+    if problems:
+        raise DataError(". ".join(problems))
+    return items
+
+
+def pair_files(
+    spec: DatasetSpec, data_dir: str | os.PathLike, split: str, use_instances: bool = True
+) -> tuple[list[Item], list[str]]:
+    """The complete items of a split, sorted by name, and what is wrong with its other files; raises as `list_items`."""
     root = os.fspath(data_dir)
     folder = _split_folder(spec, root, split)
     layout = spec.layout
     image_dir, label_dir = (join(root, part.format(split=folder)) for part in (layout.images, layout.labels))
     images = list_files(image_dir, layout.image_suffix, layout.nested, IMAGE_EXTENSIONS)
     labels = list_files(label_dir, layout.label_suffix, layout.nested, MAP_EXTENSIONS)
-    _check_partners("photograph", image_dir, images, "label map", label_dir, labels)
+    problems = _unpaired("photograph", image_dir, images, "label map", label_dir, labels, spec.preparation)
     if not images:
         raise DataError(
             f"{image_dir} holds no photographs ({', '.join(IMAGE_EXTENSIONS)}"
             + (f", with names that end in {layout.image_suffix}" if layout.image_suffix else "")
             + f"); {expected_layout(spec)}"
         )
-    instances: dict[str, str] = {}
+    complete, instances = images.keys() & labels.keys(), {}
     if use_instances and spec.instances in ("files", "optional"):
         instance_dir = join(root, layout.instances.format(split=folder))
-        if spec.instances == "files" or _is_dir(instance_dir):
+        if _is_dir(instance_dir):
             instances = list_files(instance_dir, layout.instance_suffix, layout.nested, MAP_EXTENSIONS)
-            remedy = "; without instance maps, use --no_instance True"
-            _check_partners("label map", label_dir, labels, "instance map", instance_dir, instances, remedy)
-    return [Item(key + layout.image_suffix, images[key], labels[key], instances.get(key)) for key in sorted(images)]
+        if instances or spec.instances == "files":
+            remedy = f"{spec.preparation}; to train without instance maps, use --no_instance True"
+            problems += _unpaired("label map", label_dir, labels, "instance map", instance_dir, instances, remedy)
+            complete &= instances.keys()
+    items = [Item(key + layout.image_suffix, images[key], labels[key], instances.get(key)) for key in sorted(complete)]
+    return items, problems
 
 
 def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_instances: bool = True) -> list[Item]:
@@ -105,7 +118,9 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
         elif beside != folder and _is_dir(beside):
             instances = list_files(beside, "", nested, MAP_EXTENSIONS)
         if instances:
-            _check_partners("label map", folder, labels, "instance map", beside, instances)
+            problems = _unpaired("label map", folder, labels, "instance map", beside, instances)
+            if problems:
+                raise DataError(". ".join(problems))
     ending = spec.layout.image_suffix if suffix else ""
     return [Item(key + ending, None, labels[key], instances.get(key)) for key in sorted(labels)]
 
@@ -180,7 +195,7 @@ def expected_layout(spec: DatasetSpec) -> str:
     if spec.instances in ("files", "optional"):
         note = "" if spec.instances == "files" else " (optional)"
         folders.append(f"{layout.instances}/*{layout.instance_suffix}.png{note}")
-    return f"the layout of dataset_mode {spec.name} is " + ", ".join(folders)
+    return f"the layout of dataset_mode {spec.name} is " + ", ".join(folders) + spec.preparation
 
 
 def read_cache_settings(data_dir: str | os.PathLike) -> dict | None:
@@ -213,10 +228,8 @@ def _split_folder(spec: DatasetSpec, root: str, split: str) -> str:
     raise MissingSplitError(f"{root} has no {split} split (looked for {tried}); {expected_layout(spec)}")
 
 
-def _check_partners(
-    kind: str, folder: str, files: dict, other: str, other_folder: str, others: dict, remedy=""
-) -> None:
-    """Every file of one kind has its partner of the other, and the reverse."""
+def _unpaired(kind: str, folder: str, files: dict, other: str, other_folder: str, others: dict, remedy="") -> list[str]:
+    """What is wrong where a file of one kind has no partner of the other, or the reverse; [] where nothing is."""
     lonely = sorted(files.keys() - others.keys())
     extra = sorted(others.keys() - files.keys())
     problems = []
@@ -224,8 +237,8 @@ def _check_partners(
         problems.append(f"{_count(lonely, kind)} in {folder} with no {other} in {other_folder}: {_some(files, lonely)}")
     if extra:
         problems.append(f"{_count(extra, other)} in {other_folder} with no {kind} in {folder}: {_some(others, extra)}")
-    if problems:
-        raise DataError("; ".join(problems) + f". Files pair by name; add the missing ones or remove the extra{remedy}")
+    advice = f" (files pair by name; add the missing ones or remove the extra{remedy})"
+    return [problem + advice for problem in problems]
 
 
 def _count(keys: list, kind: str) -> str:

@@ -183,6 +183,20 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
     return image, table
 
 
+def check_sizes(
+    spec: DatasetSpec, path: str, size: tuple[int, int], other_path: str, other: tuple[int, int], scale: bool = False
+) -> None:
+    """Raises DataError where two files of an item differ in size (width, height), or with `scale` in aspect."""
+    same_aspect = abs(size[0] * other[1] - size[1] * other[0]) <= max(*size, *other)  # to a pixel's rounding
+    if size == other or (scale and same_aspect):
+        return
+    hint = ' (or, for label maps of the same aspect, set "label_scale": true in dataset.json)'
+    raise DataError(
+        f"{path} is {size[0]} x {size[1]} but {other_path} is {other[0]} x {other[1]}; they must have one size"
+        + (hint if spec.name == "custom" and same_aspect else "")
+    )
+
+
 def _refuse_ids(path: str, spec: DatasetSpec, ids: np.ndarray) -> None:
     known = f"the classes are 0 ({spec.class_names[0]}) to {spec.num_classes - 1} ({spec.class_names[-1]})"
     if spec.name == "custom":

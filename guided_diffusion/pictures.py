@@ -150,3 +150,38 @@ def _place_legend(legend: Sequence, font: ImageFont.FreeTypeFont, width: int, li
         ),
         key=lambda placed: placed[1],
     )
+
+
+def bar_chart(
+    names: Sequence[str], values: Sequence[float], colors: Sequence[Sequence[int]], title: str, note: str = ""
+) -> Image.Image:
+    """Horizontal bars of shares (0 to 1), largest first, on a logarithmic scale so that rare classes can be seen.
+
+    Values of zero are left out. Beyond 40 bars the page has several columns. The scale begins at a tenth of the
+    smallest share. Raises ValueError where all are zero.
+    """
+    order = sorted((i for i in range(len(values)) if values[i] > 0), key=lambda i: -values[i])
+    if not order:
+        raise ValueError("a bar chart needs a value above zero")
+    decades = 1 - np.log10(values[order[-1]])
+    columns = -(-len(order) // 40)
+    per_column = -(-len(order) // columns)
+    font, large = _font(15), _font(24)
+    line, margin, bar = _line_height(font) + 5, 24, 300
+    text_width = max(round(font.getlength(names[i])) for i in order) + 12
+    column = text_width + bar + round(font.getlength("0.00000 %")) + 40
+    top = margin + _line_height(large) + (line if note else 0) + 10
+    page = Image.new("RGB", (margin + columns * column, top + per_column * line + margin), _PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((margin, margin), title, font=large, fill=_INK)
+    if note:
+        draw.text((margin, margin + _line_height(large) + 4), note, font=font, fill=_FAINT)
+    for place, i in enumerate(order):
+        x, y = margin + place // per_column * column, top + place % per_column * line
+        draw.text((x, y), names[i], font=font, fill=_INK)
+        length = max(1, round(bar * (1 + np.log10(values[i]) / decades)))
+        box = (x + text_width, y + 2, x + text_width + length, y + line - 5)
+        draw.rectangle(box, fill=tuple(int(c) for c in colors[i]), outline=_FRAME)
+        share = f"{100 * values[i]:.3g} %" if values[i] >= 1e-6 else f"{100 * values[i]:.1e} %"
+        draw.text((x + text_width + length + 8, y), share, font=font, fill=_FAINT)
+    return page

@@ -1,13 +1,19 @@
 """Small data sets drawn on the spot, in the layouts of all modes, for the tests of the data layer."""
 
+import contextlib
+import importlib.util
+import io
 import json
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
 
 
 def shared_or_skip(*parts: str) -> Path:
@@ -16,6 +22,23 @@ def shared_or_skip(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"the shared material {'/'.join(parts)} is not beside the repository")
     return path
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module, so that its `main` runs in this process."""
+    specification = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # worker processes look their functions up by name
+    specification.loader.exec_module(module)
+    return module
+
+
+def run_script(path: str, *arguments) -> SimpleNamespace:
+    """`returncode`, `stdout` and `stderr` of a script's `main`, run in this process."""
+    main = load_script(path).main
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = main([str(argument) for argument in arguments])
+    return SimpleNamespace(returncode=code or 0, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 def draw(seed: int, size: tuple[int, int], classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

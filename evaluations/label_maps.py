@@ -1,0 +1,135 @@
+"""Label maps: stored ids and the classes they mean, and scores of predicted maps against given ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from command_line import EvaluationError
+from PIL import Image
+from result_folders import shown
+
+IDS = 256  # label maps have 8 bits
+IGNORED = -1
+FORBIDDEN = -2
+
+# Label ids to the classes that are scored; ids left out are ignored. Cityscapes: its 34 ids to its 19 train ids.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+REMAPS = {
+    "cityscapes": {label_id: index for index, label_id in enumerate(CITYSCAPES_IDS)},
+    "ade20k": {label_id: label_id - 1 for label_id in range(1, 151)},
+}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes that are scored, and tables [256] from stored ids to them; IGNORED and FORBIDDEN are no classes."""
+
+    count: int
+    of_labels: torch.Tensor
+    of_predictions: torch.Tensor
+
+
+def read_remap(name: str) -> dict[int, int] | None:
+    """The mapping of stored ids to classes that --remap names; None for none."""
+    if name == "none":
+        return None
+    if name in REMAPS:
+        return REMAPS[name]
+    try:
+        mapping = {int(label_id): int(index) for label_id, index in json.loads(Path(name).read_text("utf-8")).items()}
+    except OSError as error:
+        raise EvaluationError(f"--remap {name}: not none, {', '.join(REMAPS)}, nor a readable file") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise EvaluationError(f'--remap {name}: expected JSON such as {{"7": 0, "8": 1}} ({error})') from error
+    outside = [(label_id, index) for label_id, index in mapping.items() if not 0 <= label_id < IDS or index < 0]
+    if outside or not mapping:
+        raise EvaluationError(f"--remap {name}: ids must be 0..{IDS - 1} and classes 0 or more; found {shown(outside)}")
+    return mapping
+
+
+def make_classes(remap: str, num_classes: int | None, ignore_ids: tuple[int, ...], remap_predictions: bool) -> Classes:
+    """The tables from stored ids to classes. Raises EvaluationError if the flags do not fit together.
+
+    Predictions are classes already unless `remap_predictions`; among them only an ignored id that is no class is void.
+    """
+    mapping = read_remap(remap)
+    count = num_classes or (max(mapping.values()) + 1 if mapping else None)
+    if count is None:
+        raise EvaluationError("--num_classes is needed with --remap none")
+    if count >= IDS:
+        raise EvaluationError(f"--num_classes {count}: label maps of 8 bits hold fewer than {IDS} classes")
+    outside = [label_id for label_id in ignore_ids if not 0 <= label_id < IDS]
+    if outside:
+        raise EvaluationError(f"--ignore_ids {outside[0]}: label maps of 8 bits hold ids 0..{IDS - 1}")
+    identity = torch.full((IDS,), FORBIDDEN)
+    identity[:count] = torch.arange(count)
+    if mapping is None:
+        labels = identity.clone()
+    else:
+        if max(mapping.values()) >= count:
+            raise EvaluationError(f"--remap {remap} has class {max(mapping.values())} of {count} classes")
+        labels = torch.full((IDS,), IGNORED)
+        labels[list(mapping)] = torch.tensor(list(mapping.values()))
+    ignored = torch.tensor(ignore_ids, dtype=torch.long)
+    labels[ignored] = IGNORED
+    if mapping is None or remap_predictions:
+        return Classes(count, labels, labels)
+    identity[ignored[ignored >= count]] = IGNORED
+    return Classes(count, labels, identity)
+
+
+def load_label_map(path: Path) -> torch.Tensor:
+    """A label map's ids [H, W], bytes. Raises ValueError for a picture with other than one channel of 8 bits."""
+    with Image.open(path) as image:
+        if image.mode not in ("L", "P"):
+            raise ValueError(f"mode {image.mode}, but a label map has one channel of 8 bits with an id per pixel")
+        return torch.from_numpy(np.array(image))
+
+
+def check_ids(ids: torch.Tensor, table: torch.Tensor, count: int, path: Path) -> None:
+    """Raises EvaluationError if the map holds an id that the table forbids."""
+    wrong = [label_id for label_id in ids.unique().tolist() if not 0 <= label_id < IDS or table[label_id] == FORBIDDEN]
+    if wrong:
+        raise EvaluationError(
+            f"{path}: holds id {shown(wrong)}, but there are {count} classes, 0..{count - 1}; see --num_classes, "
+            "--ignore_ids (ids not scored) and --remap (ids to classes, of predictions too: --remap_predictions True)"
+        )
+
+
+def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, count: int) -> torch.Tensor:
+    """Pixels [count, count + 1] by class of the label (row) and prediction (column; the last is none of the classes).
+
+    `labels` and `predictions` are classes or IGNORED; pixels with an ignored label are not counted.
+    """
+    counted = labels >= 0
+    labels, predictions = labels[counted], predictions[counted]
+    predictions = torch.where(predictions >= 0, predictions, count)
+    pairs = torch.bincount(labels * (count + 1) + predictions, minlength=count * (count + 1))
+    return pairs.view(count, count + 1)
+
+
+def scores_of(confusion: torch.Tensor) -> dict[str, Any]:
+    """Scores in percent from a confusion matrix [C, C + 1].
+
+    A class in neither labels nor predictions has no IoU (None) and does not count in the mean; one that is predicted
+    though no label has it counts with 0.
+    """
+    confusion = confusion.double()
+    hits = confusion.diagonal()
+    labelled = confusion.sum(dim=1)
+    union = labelled + confusion[:, :-1].sum(dim=0) - hits
+    iou = 100 * hits / union  # NaN where the union is empty
+    present = union > 0
+    return {
+        "miou": iou[present].mean().item(),
+        "pixel_accuracy": (100 * hits.sum() / labelled.sum()).item(),
+        "frequency_weighted_iou": ((labelled * iou)[present].sum() / labelled.sum()).item(),
+        "class_iou": [
+            value if is_there else None for value, is_there in zip(iou.tolist(), present.tolist(), strict=True)
+        ],
+    }

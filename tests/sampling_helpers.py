@@ -1,0 +1,56 @@
+"""A tiny network with weights by formula, saved as a training run saves it, and data that fits it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+from golden_helpers import load_formula_weights
+
+from guided_diffusion import checkpoints
+from guided_diffusion.script_util import DataConfig, DiffusionConfig, ModelConfig, create_model
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+MODEL = ModelConfig(
+    image_size=16,
+    num_classes=4,
+    num_channels=32,
+    num_res_blocks=1,
+    attention_resolutions="8",
+    channel_mult="1,2",
+    resblock_updown=True,
+    no_instance=True,
+)
+DIFFUSION = DiffusionConfig(learn_sigma=True)
+SETTINGS = {**dataclasses.asdict(MODEL), **dataclasses.asdict(DIFFUSION)}
+
+
+def save_checkpoint(folder: pathlib.Path, data_dir: pathlib.Path, model: ModelConfig = MODEL) -> str:
+    """Writes ema_0.9_best.pt and config.json; returns the former's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network = create_model(model, DIFFUSION.learn_sigma)
+    load_formula_weights(network)
+    path = folder / "ema_0.9_best.pt"
+    torch.save(network.state_dict(), path)
+    data = DataConfig(data_dir=str(data_dir), dataset_mode="custom", num_workers=0)
+    record = {"model": model, "diffusion": DIFFUSION, "data": data}
+    checkpoints.write_json(str(folder / "config.json"), {k: dataclasses.asdict(v) for k, v in record.items()})
+    return str(path)
+
+
+def run(script: str, *flags: str, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    """A script in a process of its own (under `mpiexec` where `ranks` are given); output is kept together."""
+    launcher = ["mpiexec", "-n", str(ranks)] if ranks else []
+    return subprocess.run(
+        [*launcher, sys.executable, str(REPOSITORY / script), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )

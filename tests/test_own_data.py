@@ -1,0 +1,95 @@
+"""The page about one's own data and the script it uses: what it shows exists and works."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from data_helpers import REPOSITORY, run_script
+
+from guided_diffusion import script_util
+from guided_diffusion.dataset_specs import get_spec
+from guided_diffusion.image_datasets import open_dataset
+
+PAGE = (REPOSITORY / "docs" / "your-own-data.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.S | re.M)  # (language, text), taken from the top
+
+
+@pytest.mark.parametrize(("example", "classes"), list(enumerate([12, 4, 18])))
+def test_the_examples_of_dataset_json_are_valid(tmp_path, example, classes):
+    blocks = [text for language, text in BLOCKS if language == "json"]
+    assert len(blocks) == 3
+    (tmp_path / "dataset.json").write_text(blocks[example])
+    spec = get_spec("custom", tmp_path)
+    assert spec.num_classes == classes
+    if example == 2:  # the merged classes, by hand
+        table = spec.lookup_table(256)
+        assert [spec.class_names[table[i]] for i in (0, 11, 12, 13, 17, 18, 255)] == [
+            "road",
+            "person",
+            "person",
+            "car",
+            "motorcycle",
+            "person",
+            "unlabelled",
+        ]
+
+
+def test_every_key_of_dataset_json_is_in_the_table(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"no such key": 1}')
+    with pytest.raises(ValueError) as error:
+        get_spec("custom", tmp_path)
+    known = str(error.value).split("known keys are ")[1].split(", ")
+    assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M)) == set(known)
+
+
+def test_the_flags_of_the_commands_exist():
+    text = "\n".join(text for language, text in BLOCKS if not language).replace("\\\n", " ")
+    commands = re.findall(r"python (\S+\.py) (.*)", text)
+    assert {name for name, _ in commands} >= {"image_train.py", "image_sample.py", "scripts/verify_data.py"}
+    configs = [part for part in vars(script_util).values() if isinstance(part, type) and dataclasses.is_dataclass(part)]
+    known = {field.name for config in configs for field in dataclasses.fields(config)}
+    for program, line in commands:
+        if "/" in program:
+            known_here = set(re.findall(r'"--(\w+)"', (REPOSITORY / program).read_text()))
+        else:
+            known_here = known
+        assert set(re.findall(r"--(\w+)", line)) <= known_here, (program, line)
+
+
+def test_the_medical_example(tmp_path):
+    script = ("scripts/make_medical_example.py", "--data_dir", tmp_path, "--size", 64)
+    run_script(*script, "--train", 30, "--val", 3)
+    assert json.loads((tmp_path / "dataset.json").read_text())["grey"] is True
+    train, val = (
+        open_dataset(data_dir=tmp_path, dataset_mode="custom", split=split, image_size=64, random_crop=False)
+        for split in ("train", "val")
+    )
+    assert len(train) == 30 and len(val) == 3 and train.spec.class_names == ("background", "tissue", "organ", "lesion")
+    light, shares, scenes = np.zeros(4), np.zeros(4), np.zeros(4)
+    for i in range(30):
+        image, ids = train[i]["image"].numpy(), train[i]["label"][0].numpy()
+        assert (image[0] == image[1]).all() and (image[0] == image[2]).all()
+        for c in range(4):
+            light[c] += image[0][ids == c].sum()
+            shares[c] += (ids == c).sum()
+            scenes[c] += (ids == c).any()
+    light /= shares
+    assert (np.diff(light) > 10).all()  # the classes differ in brightness, so that a sample can be judged by it
+    assert scenes[:3].tolist() == [30, 30, 30] and 10 < scenes[3] < 30 and shares[3] < 0.02 * shares.sum()
+    assert not np.array_equal(train[0]["image"], val[0]["image"])
+    first = (tmp_path / "train/images/slice_000.png").read_bytes()
+    run_script(*script, "--train", 1, "--val", 0)
+    assert (tmp_path / "train/images/slice_000.png").read_bytes() == first  # the same seed draws the same slices
+
+
+def test_the_loader_benchmark_runs(tmp_path):
+    report = tmp_path / "new" / "loader.json"
+    few = ("--sizes", "camvid", "--scenes", 2, "--batches", 1, "--rounds", 1)
+    result = run_script("benchmarks/loader.py", *few, "--results_path", report)
+    results = json.loads(report.read_text())["results"]
+    assert set(results) == {"camvid"}
+    row = results["camvid"]
+    assert set(row["samples_per_second"]) == {"loader", "plain", "cached"} and "| camvid | 480 x 360" in result.stdout
+    assert all(value > 0 for part in ("stages_ms", "samples_per_second") for value in row[part].values())

@@ -1,0 +1,175 @@
+"""The pipeline in one process: three lines of Python, checkpoints of both kinds, what cannot be right."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import write_custom
+from golden_helpers import golden_case
+from PIL import Image
+from sampling_helpers import MODEL, SETTINGS, save_checkpoint
+
+from guided_diffusion import checkpoints
+from guided_diffusion.pipeline import Sampling, SDMPipeline, image_seed
+from guided_diffusion.script_util import ConfigError, ModelConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    write_custom(root / "data", classes=4)
+    save_checkpoint(root / "run", root / "data")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    return str(folder / "run" / "ema_0.9_best.pt")
+
+
+LABEL = np.arange(256).reshape(16, 16) // 64
+FAST = dict(s=1.5, sampler="dpmsolver++", num_steps=4)
+
+
+def test_three_lines(checkpoint):
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    images = pipeline(LABEL, s=1.5, sampler="dpmsolver++", num_steps=4, seed=7)
+    assert images[0].size == (16, 16) and images[0].mode == "RGB"
+    again = pipeline(LABEL, samples=2, seed=7, **FAST)
+    assert np.array_equal(images[0], again[0])
+    assert not np.array_equal(again[0], again[1])
+    assert not np.array_equal(images[0], pipeline(LABEL, seed=8, **FAST)[0])
+
+
+def test_a_file_is_as_good_as_an_array(checkpoint, tmp_path):
+    Image.fromarray(LABEL.astype(np.uint8)).save(tmp_path / "layout.png")
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    assert np.array_equal(pipeline(LABEL, **FAST)[0], pipeline(tmp_path / "layout.png", **FAST)[0])
+
+
+def test_a_published_checkpoint_needs_its_settings(checkpoint, tmp_path):
+    alone = tmp_path / "published.pt"
+    alone.write_bytes(open(checkpoint, "rb").read())  # noqa: SIM115
+    image = SDMPipeline.from_checkpoint(str(alone), **SETTINGS)(LABEL, **FAST)[0]
+    assert np.array_equal(image, SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0])
+    with pytest.raises(checkpoints.CheckpointError, match="does not fit the network"):
+        SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_channels": 64})
+    with pytest.raises(checkpoints.CheckpointError, match="4 layout channels, the flags give 9"):
+        SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_classes": 9})
+
+
+@pytest.mark.parametrize("sampling", [FAST, {"s": 2.0, "sampler": "ddpm", "num_steps": 3}, {"s": 1.0, "num_steps": 2}])
+def test_keeping_modulations_changes_nothing(checkpoint, sampling):
+    """The same arithmetic, in another order: float32 to 1e-4, which is far less than one of 255 levels."""
+    kept, plain = (SDMPipeline.from_checkpoint(checkpoint, keep_modulations=keep) for keep in ("true", "false"))
+    a, b = (np.asarray(pipeline(LABEL, **sampling)[0]).astype(int) for pipeline in (kept, plain))
+    assert np.abs(a - b).max() <= 1
+
+
+def test_predicted_memory_is_what_is_kept():
+    model, _, _, y = golden_case("base")
+    layout = model.encode_layout(y)
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for m in layout._modulations.values() for t in m
+    }
+    assert sum(kept.values()) == len(y) * model.modulation_bytes(*y.shape[2:])
+
+
+def test_modulations_are_computed_once(checkpoint, monkeypatch):
+    """Once per layout for all steps, and once per run for the null layout."""
+    from guided_diffusion.spade import SPADEGroupNorm
+
+    calls = []
+    original = SPADEGroupNorm.modulation
+    monkeypatch.setattr(SPADEGroupNorm, "modulation", lambda self, y: calls.append(1) or original(self, y))
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    norms = len(list(pipeline.model.spade_norms()))
+    pipeline(LABEL, **FAST)
+    assert len(calls) == 2 * norms
+    pipeline(LABEL, samples=3, **FAST)
+    assert len(calls) == 3 * norms
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_give_nearly_the_same_picture(checkpoint, precision):
+    exact = np.asarray(SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0]).astype(float)
+    other = np.asarray(SDMPipeline.from_checkpoint(checkpoint, precision=precision)(LABEL, **FAST)[0]).astype(float)
+    # bfloat16 has 8 bits of precision; errors of a few levels, none of them visible
+    assert np.abs(exact - other).mean() < 3.0
+
+
+def test_images_of_a_batch_are_those_made_alone(checkpoint):
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    labels = torch.from_numpy(np.stack([LABEL, LABEL.T, LABEL[::-1].copy()]))[:, None]
+    seeds = [image_seed(0, name, 0) for name in "abc"]
+    sampling = Sampling(s=1.5, sampler="ddpm", num_steps=5)
+    together = pipeline.generate(labels, None, seeds=seeds, sampling=sampling)
+    for i in range(3):
+        alone = pipeline.generate(labels[i : i + 1], None, seeds=seeds[i : i + 1], sampling=sampling)
+        # convolutions may choose another kernel for another batch: rounding, at most one level of 255
+        assert np.abs(together[i].astype(int) - alone[0].astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"num_steps": 1001}, "num_steps must lie between 1 and the 1000 trained steps; got 1001"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"dynamic_threshold": 2.0}, "dynamic_threshold"),
+        ({"eta": -1.0}, "eta"),
+    ],
+)
+def test_settings_that_cannot_be(checkpoint, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        SDMPipeline.from_checkpoint(checkpoint)(LABEL, **{**FAST, **arguments})
+
+
+def test_layouts_that_cannot_be(checkpoint):
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="ids 0 to 4; the network knows 0 to 3"):
+        pipeline(np.minimum(LABEL + LABEL // 3, 4), **FAST)
+    with pytest.raises(ValueError, match=r"multiples of 2; got 15x16 .*height 14 or 16"):
+        pipeline(LABEL[:15], **FAST)
+    with pytest.raises(ValueError, match="one per pixel"):
+        pipeline(np.zeros((16, 16, 3), np.uint8), **FAST)
+    with pytest.raises(ValueError, match="takes no instance_map"):
+        pipeline(LABEL, instance_map=LABEL, **FAST)
+
+
+def test_checkpoints_that_cannot_be(checkpoint, folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"num_classes 7 contradicts .* num_classes 4"):
+        SDMPipeline.from_checkpoint(checkpoint, num_classes=7)
+    with pytest.raises(ConfigError, match="unknown settings: num_clases"):
+        SDMPipeline.from_checkpoint(checkpoint, num_clases=4)
+    with pytest.raises(checkpoints.CheckpointError, match="there is no checkpoint"):
+        SDMPipeline.from_checkpoint(str(tmp_path / "none.pt"), **SETTINGS)
+    whole = open(checkpoint, "rb").read()  # noqa: SIM115
+    for name, content in (("half.pt", whole[: len(whole) // 2]), ("empty.pt", b""), ("text.pt", b"not a checkpoint")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(checkpoints.CheckpointError, match=f"{name} is not a whole checkpoint"):
+            SDMPipeline.from_checkpoint(str(tmp_path / name), **SETTINGS)
+
+
+def test_other_spellings_of_one_network_do_not_contradict(checkpoint):
+    pipeline = SDMPipeline.from_checkpoint(checkpoint, channel_mult="1.0,2", attention_resolutions="8")
+    assert pipeline.model_config.multipliers() == MODEL.multipliers()
+
+
+def test_instances_and_rectangles(tmp_path):
+    model = dataclasses.replace(MODEL, no_instance=False)
+    pipeline = SDMPipeline.from_checkpoint(save_checkpoint(tmp_path / "run", tmp_path, model))
+    wide = np.repeat(LABEL, 2, axis=1)
+    image = pipeline(wide, instance_map=wide * 1000, **FAST)[0]
+    assert image.size == (32, 16)
+    other = pipeline(wide, instance_map=np.zeros_like(wide), **FAST)[0]
+    assert not np.array_equal(image, other)
+    with pytest.raises(ValueError, match="needs an instance_map"):
+        pipeline(wide, **FAST)
+
+
+def test_traditional_channel_multipliers():
+    assert ModelConfig(image_size=256).multipliers() == (1, 1, 2, 2, 4, 4)
+    with pytest.raises(ConfigError, match="--channel_mult"):
+        ModelConfig(image_size=48).multipliers()

@@ -1,0 +1,139 @@
+"""Real runs of image_sample.py, under mpiexec where it matters: what is written, continued, refused."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from data_helpers import draw, save, write_custom
+from PIL import Image
+from sampling_helpers import run, save_checkpoint
+
+LAYOUTS = 5
+FAST = ("--sampler", "ddpm", "--num_steps", "3", "--s", "1.5", "--batch_size", "2")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sampling")
+    write_custom(root / "data", {"train": 2, "val": LAYOUTS}, size=(20, 20))
+    save_checkpoint(root / "run", root / "data")
+    return root
+
+
+def sample(root, results, *flags, ranks=0):
+    model = ("--model_path", str(root / "run" / "ema_0.9_best.pt"), "--results_path", str(root / results))
+    return run("image_sample.py", *model, *FAST, *flags, ranks=ranks)
+
+
+def pictures(folder) -> dict[str, np.ndarray]:
+    return {path.stem: np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(root):
+    result = sample(root, "two", ranks=2)
+    assert result.returncode == 0, result.stdout
+    return result
+
+
+def test_what_a_run_writes(root, two_ranks):
+    names = [f"scene{i}" for i in range(LAYOUTS)]
+    for folder in ("images", "labels", "samples"):
+        assert sorted(path.stem for path in (root / "two" / folder).iterdir()) == names
+    label = Image.open(root / "two" / "labels" / "scene0.png")
+    assert label.mode == "L" and label.size == (16, 16) and max(label.getdata()) < 4
+    expected = Image.open(root / "data" / "val" / "labels" / "scene0.png").resize((16, 16), Image.NEAREST)
+    assert np.array_equal(label, expected)
+    assert (root / "two" / "overview.png").exists()
+    record = json.loads((root / "two" / "sampling.json").read_text())
+    assert record["images"]["sampler"] == "ddpm" and record["images"]["s"] == 1.5
+    assert "2 processes" in two_ranks.stdout
+
+
+def test_one_rank_other_batches_and_a_part_make_the_same_pictures(root, two_ranks):
+    result = sample(root, "one", "--batch_size", "5")
+    assert result.returncode == 0, result.stdout
+    part = sample(root, "part", "--num_samples", "2", "--batch_size", "1")
+    assert part.returncode == 0, part.stdout
+    two = pictures(root / "two" / "samples")
+    for other in (pictures(root / "one" / "samples"), pictures(root / "part" / "samples")):
+        for name, picture in other.items():
+            # another batch size may choose another convolution kernel: rounding, at most one level
+            assert np.abs(picture - two[name]).max() <= 1
+    assert len(pictures(root / "part" / "samples")) == 2
+
+
+def test_a_run_goes_on_where_it_stopped(root, two_ranks):
+    shutil.copytree(root / "two", root / "again")
+    samples = root / "again" / "samples"
+    before = {name: (samples / f"{name}.png").read_bytes() for name in ("scene1", "scene3")}
+    kept = (samples / "scene0.png").stat().st_mtime_ns
+    (samples / "scene1.png").unlink()
+    (samples / "scene3.png").rename(samples / "scene3.png.tmp123")  # as a killed writer leaves it
+    result = sample(root, "again", "--batch_size", "1")
+    assert "2 images to make" in result.stdout, result.stdout
+    assert (samples / "scene0.png").stat().st_mtime_ns == kept
+    assert sorted(os.listdir(samples)) == [f"scene{i}.png" for i in range(LAYOUTS)]
+    for name, content in before.items():
+        (root / "old.png").write_bytes(content)
+        new, old = np.asarray(Image.open(samples / f"{name}.png")), np.asarray(Image.open(root / "old.png"))
+        assert np.abs(new.astype(int) - old).max() <= 1
+    assert "all are there" in sample(root, "again").stdout
+    assert f"{LAYOUTS} images to make" in sample(root, "again", "--overwrite", "True").stdout
+
+
+def test_two_configurations_do_not_mix(root, two_ranks):
+    result = sample(root, "two", "--s", "2.0", "--seed", "3")
+    assert result.returncode == 1
+    assert "s: 1.5 there, 2.0 now" in result.stdout and "seed: 0 there, 3 now" in result.stdout
+    assert "--overwrite" in result.stdout and "Traceback" not in result.stdout
+
+
+def test_several_samples_of_a_layout(root, two_ranks):
+    result = sample(root, "several", "--samples_per_layout", "3", "--num_samples", "2", ranks=2)
+    assert result.returncode == 0, result.stdout
+    folders = [pictures(root / "several" / f"samples_{i:02d}") for i in range(3)]
+    assert all(set(folder) == {"scene0", "scene1"} for folder in folders)
+    assert not np.array_equal(folders[0]["scene0"], folders[1]["scene0"])
+    assert np.abs(folders[0]["scene0"] - pictures(root / "two" / "samples")["scene0"]).max() <= 1
+
+
+def test_label_maps_alone(root):
+    for i in range(2):
+        save(root / "labels_alone" / f"drawn by hand {i}.png", draw(i, (20, 20), 4)[1])
+    result = sample(root, "alone", "--labels_dir", str(root / "labels_alone"))
+    assert result.returncode == 0, result.stdout
+    assert sorted(pictures(root / "alone" / "samples")) == ["drawn by hand 0", "drawn by hand 1"]
+    assert not (root / "alone" / "images").exists()
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (("--sampler", "euler"), "unknown sampler 'euler'"),
+        (("--num_steps", "1001"), "num_steps must lie between 1 and the 1000 trained steps; got 1001"),
+        (("--guidance_interval", "0.9,0.1"), "guidance_interval must be LOW,HIGH"),
+        (("--num_classes", "7"), "num_classes 7 contradicts"),
+        (("--num_samples", "0"), "num_samples must be at least 1; got 0"),
+        (("--use_ddim", "True"), "--use_ddim True contradicts --sampler ddpm"),
+        (("--timestep_respacing", "10"), "give one of them"),
+        (("--model_path", "nowhere/model.pt"), "there is no checkpoint nowhere/model.pt"),
+        (("--labels_dir", "nowhere"), "nowhere"),
+        (("--results_path", "/proc/results"), "/proc/results"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_sampling(root, flags, message):
+    result = sample(root, "refused", *flags)
+    assert result.returncode == 1 and message in result.stdout, result.stdout
+    assert "Traceback" not in result.stdout and "denoising" not in result.stdout
+    assert not (root / "refused" / "samples").exists() or not os.listdir(root / "refused" / "samples")
+
+
+def test_a_wrong_id_is_found_before_the_first_image(root):
+    shutil.copytree(root / "data", root / "wrong")
+    save(root / "wrong" / "val" / "labels" / "scene4.png", np.full((20, 20), 9, np.uint8))
+    result = sample(root, "unmade", "--data_dir", str(root / "wrong"))
+    assert result.returncode == 1 and "scene4.png" in result.stdout and "9" in result.stdout
+    assert not os.listdir(root / "unmade" / "samples")
