@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoints
-from .conditioning import drop_layouts
 from .dist_util import World
 from .fp16_util import PRECISIONS, MixedPrecisionTrainer, StepResult, global_norm
 from .image_datasets import LayoutDataset, balance_weights, training_batches
@@ -256,16 +255,16 @@ class TrainLoop:
                 self.world.device,
                 self.dataset.num_classes,
                 self.model.dtype,
+                dropped=dropped[part],
             )
-            drop_layouts(y, dropped[part].to(y.device))
             last = first + self.microbatch >= len(positions)
             losses.append(
                 self._backward(
                     x_start,
                     y,
-                    torch.from_numpy(t[part]).to(y.device),
-                    torch.from_numpy(weights[part]).to(y.device) / len(positions),
-                    normals(noise_seeds[part], x_start.shape[1:], y.device),
+                    torch.from_numpy(t[part]).to(x_start.device),
+                    torch.from_numpy(weights[part]).to(x_start.device) / len(positions),
+                    normals(noise_seeds[part], x_start.shape[1:], x_start.device),
                     synchronize=last,
                 )
             )
