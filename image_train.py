@@ -9,8 +9,9 @@ import sys
 
 import torch
 
-from guided_diffusion import checkpoints, dist_util
-from guided_diffusion.image_datasets import MissingSplitError, open_dataset
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoints import CheckpointError, recorded_config
+from guided_diffusion.image_datasets import DataError, MissingSplitError, open_dataset
 from guided_diffusion.logger import Logger
 from guided_diffusion.script_util import (
     ConfigError,
@@ -21,6 +22,7 @@ from guided_diffusion.script_util import (
     build_config,
     create_model,
     parse_flags,
+    resolve_precision,
 )
 from guided_diffusion.train_util import TrainingDiverged, TrainLoop
 
@@ -29,14 +31,16 @@ def main() -> None:
     flags = parse_flags([DataConfig, TrainConfig, ModelConfig, DiffusionConfig], description=__doc__)
     world = dist_util.setup()
     with dist_util.report_errors(
-        world, (ConfigError, ValueError, FileNotFoundError, checkpoints.CheckpointError, TrainingDiverged)
+        world, (ConfigError, DataError, CheckpointError, TrainingDiverged, OSError, ImportError)
     ):
         data, config = build_config(DataConfig, flags), build_config(TrainConfig, flags)
         config.check()
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
-        recorded, source = checkpoints.recorded_config(logdir, config.resume_checkpoint)
+        # Rank 0 reads for all: the other hosts need not see its log directory.
+        recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))
         model_config = build_config(ModelConfig, flags, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, flags, recorded and recorded["diffusion"], source)
+        resolve_precision(config.precision, model_config.use_fp16)
 
         dataset, validation = open_splits(data, config, model_config)
         logger = Logger(logdir, active=world.is_main, tensorboard=config.tensorboard)
@@ -44,11 +48,6 @@ def main() -> None:
         logger.log(world.describe())
         torch.manual_seed(config.seed)
         model = create_model(model_config, diffusion_config.learn_sigma)
-        model.check_size(*dataset.shape)
-        logger.log(
-            f"{len(dataset)} training images of {dataset.shape[0]}x{dataset.shape[1]}, {model_config.num_classes} "
-            f"classes; {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
-        )
         settings = [("data", data), ("training", config), ("model", model_config), ("diffusion", diffusion_config)]
         record = {name: dataclasses.asdict(part) for name, part in settings} | {"torch": torch.__version__}
         logger.log(f"settings: {record}")

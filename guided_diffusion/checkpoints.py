@@ -16,13 +16,14 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import blobfile
 import torch
 
 CONFIG_NAME = "config.json"
+MODEL_NAME = "model.pt"
 _MANIFEST = re.compile(r"checkpoint(\d+)\.json$")
 
 
@@ -99,48 +100,57 @@ def write_json(path: str, content: Any) -> None:
 
 
 def publish(source: str, target: str) -> None:
-    """Gives the file `source` the second name `target` at once: a hard link where the file system can, else a copy."""
+    """Gives the file `source` the second name `target` at once: a hard link where the file system can, else a copy.
+
+    :raises CheckpointError: `target` cannot be written; it is as it was.
+    """
     temporary = f"{target}.tmp{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         os.remove(temporary)
     try:
         os.link(source, temporary)
+        # Onto another name of the same file a rename does nothing, and would leave the temporary name.
+        if os.path.exists(target) and os.path.samefile(source, target):
+            os.remove(temporary)
+        else:
+            os.replace(temporary, target)
+        _sync_folder(os.path.dirname(target) or ".")
     except OSError:
         with open(source, "rb") as original, atomic_write(target) as copy:
             shutil.copyfileobj(original, copy)
-        return
-    os.replace(temporary, target)
-    _sync_folder(os.path.dirname(target) or ".")
 
 
-def save_set(folder: str, step: int, contents: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Writes `contents` (file name -> object for `torch.save`) and then the manifest of `step`.
+def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], manifest: dict[str, Any]) -> None:
+    """Writes `contents` (file name -> function that makes an object for `torch.save`) and then the manifest of `step`.
 
     :param manifest: what else it shall hold.
     :raises CheckpointError: nothing of this set counts, and its files are removed; older sets are unharmed.
     """
-    written = []
+    manifest_path = os.path.join(folder, manifest_name(step))
+    files = {}
     try:
-        files = {}
         for name, content in contents.items():
             path = os.path.join(folder, name)
+            made = content()
             with atomic_write(path) as file:
-                torch.save(content, file)
-            written.append(path)
+                torch.save(made, file)
             files[name] = {"size": os.path.getsize(path), "sha256": file_hash(path)}
-        write_json(os.path.join(folder, manifest_name(step)), {"step": step, "files": files, **manifest})
+        write_json(manifest_path, {"step": step, "files": files, **manifest})
     except CheckpointError:
-        for path in written:
+        for path in (manifest_path, *(os.path.join(folder, name) for name in files)):
             with contextlib.suppress(OSError):
                 os.remove(path)
         raise
 
 
-def update_best(folder: str, step: int, rates: list[str], losses: dict[str, float]) -> list[str]:
-    """Publishes the EMAs of `step` as ema_{rate}_best.pt where their loss is the lowest so far (or unknown).
+def publish_set(folder: str, step: int, rates: Sequence[str], losses: dict[str, float]) -> list[str]:
+    """Makes the complete set of `step` the latest: model.pt, and ema_{rate}_best.pt where the loss is the lowest so far
+    (or unknown). Doing it again changes nothing.
 
-    best.json remembers step and loss. Returns the rates that were updated.
+    best.json remembers step and loss. Returns the rates whose best was updated.
+    :raises CheckpointError: one of them cannot be written; it is as it was.
     """
+    publish(os.path.join(folder, model_name(step)), os.path.join(folder, MODEL_NAME))
     path = os.path.join(folder, "best.json")
     best = _read_json(path)
     updated = []
@@ -171,9 +181,13 @@ def _hash(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def prune(folder: str, keep: int) -> None:
-    """Removes all sets but the newest `keep`; `model.pt` and the best EMAs are files of their own and stay."""
-    steps = _manifest_steps(folder)
+def prune(folder: str, keep: int, newest: int) -> None:
+    """Removes the sets before the `keep` that end with step `newest`; 0 keeps all.
+
+    `model.pt` and the best EMAs are names of their own and stay; so do later sets (damaged ones that the run passed
+    over), which must not count among the kept.
+    """
+    steps = [step for step in _manifest_steps(folder) if step <= newest]
     for step in steps[:-keep] if keep > 0 else []:
         manifest = os.path.join(folder, manifest_name(step))
         names = _read_json(manifest).get("files", {})
@@ -184,8 +198,8 @@ def prune(folder: str, keep: int) -> None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Removes the temporary files of writers that were killed."""
-    for name in os.listdir(folder):
+    """Removes the temporary files of writers that were killed; a folder that is not there has none."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
         if re.search(r"\.tmp\d+$", name):
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, name))
@@ -203,9 +217,10 @@ def _manifest_steps(folder: str) -> list[int]:
 def _read_json(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            content = json.load(file)
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def damage(folder: str, step: int) -> str | None:
@@ -219,8 +234,11 @@ def damage(folder: str, step: int) -> str | None:
             return f"{name} is missing"
         if os.path.getsize(path) != expected["size"]:
             return f"{name} has {os.path.getsize(path)} bytes, not {expected['size']}"
-        if file_hash(path) != expected["sha256"]:
-            return f"the content of {name} has changed since it was saved"
+        try:
+            if file_hash(path) != expected["sha256"]:
+                return f"the content of {name} has changed since it was saved"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -304,18 +322,20 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
     :raises CheckpointError: it is there, but damaged.
     """
-    path = (
-        os.path.join(os.path.dirname(checkpoint) or ".", CONFIG_NAME)
-        if "://" not in checkpoint
-        else (checkpoint.rsplit("/", 1)[0] + "/" + CONFIG_NAME)
-    )
+    path = blobfile.join(os.path.dirname(checkpoint) or ".", CONFIG_NAME)
     if not blobfile.exists(path):
         return None
     try:
         with blobfile.BlobFile(path, "r") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); restore it, or remove it and give all flags") from error
+            config = json.load(file)
+        if not isinstance(config["model"], dict) or not isinstance(config["diffusion"], dict):
+            raise TypeError("model and diffusion are not groups of settings")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the config of a training run ({type(error).__name__}: {error}); restore it, or remove it "
+            "and give all flags"
+        ) from error
+    return config
 
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:
@@ -327,7 +347,7 @@ def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any]
     """The settings that a new start is bound to, and the file they stand in: those of the run in `logdir`, else those
     beside the checkpoint to start from, else none."""
     if _manifest_steps(logdir):
-        return read_config(os.path.join(logdir, "model.pt")), os.path.join(logdir, CONFIG_NAME)
+        return read_config(os.path.join(logdir, MODEL_NAME)), os.path.join(logdir, CONFIG_NAME)
     if resume_checkpoint:
         if not blobfile.exists(resume_checkpoint):
             raise CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")

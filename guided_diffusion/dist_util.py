@@ -11,19 +11,19 @@ import datetime
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-BEAT_SECONDS = 2.0
-DEAD_AFTER_SECONDS = 30.0
+from .rank_monitor import RankMonitor, RemoteError
+
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)  # a save or a validation on one rank may keep the others waiting
+SIOCGIFADDR = 0x8915  # the request "address of an interface", of Linux
 MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_RANK")
 
 
@@ -38,7 +38,7 @@ class World:
         self.rank, self.size, self.local_rank, self.launcher = rank, size, local_rank, launcher
         self.device = _choose_device(local_rank)
         self._control: dist.ProcessGroup | None = None
-        self._monitor: _Monitor | None = None
+        self._monitor: RankMonitor | None = None
 
     @property
     def is_main(self) -> bool:
@@ -102,7 +102,10 @@ class World:
             dist.barrier(group=self._control)
 
     def on_main(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on rank 0 and hands its result to all; its exception is raised on every rank. A collective."""
+        """Runs `action` on rank 0 and hands its result to all; an exception ends every rank. A collective.
+
+        :raises RemoteError: on the other ranks, where it raised something on rank 0.
+        """
         if self.size == 1:
             return action()
         result, error = None, None
@@ -116,7 +119,7 @@ class World:
             raise error
         if message is not None:
             raise RemoteError(f"rank 0: {message}")
-        return self.broadcast(result)
+        return self.broadcast_tree(result)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -126,6 +129,7 @@ class World:
         """
         try:
             yield
+            self.barrier()  # a rank that has finished must not look like one that died
         except BaseException as error:
             if self._monitor is not None:
                 self._monitor.report(error)
@@ -148,26 +152,27 @@ def report_errors(world: World, expected: tuple[type[Exception], ...]) -> Iterat
         sys.exit(f"error: {error}")
 
 
-class RemoteError(RuntimeError):
-    """Something failed on another rank, which has said what."""
-
-
 def setup() -> World:
     """Finds out how this process was started and connects it to the others.
 
-    :raises RuntimeError: an MPI launcher started it, but mpi4py cannot be imported.
+    :raises RuntimeError: an MPI launcher started it, but mpi4py cannot be imported or belongs to another MPI.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        world = World(rank, size, int(os.environ.get("LOCAL_RANK", 0)), "torchrun")
-        return _connect(world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), elastic=True)
-    if any(name in os.environ for name in MPI_VARIABLES):
-        return _setup_mpi()
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
-        rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-        world = World(rank, size, int(os.environ.get("SLURM_LOCALID", 0)), "srun")
-        port = 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
-        return _connect(world, _first_slurm_host(os.environ["SLURM_NODELIST"]), port)
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment and "MASTER_ADDR" in environment:
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        world = World(rank, size, int(environment.get("LOCAL_RANK", 0)), "torchrun")
+        # torchrun's agent may host the store itself.
+        hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return _connect(world, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), hosted=hosted)
+    if any(name in environment for name in MPI_VARIABLES):
+        world = _setup_mpi()
+        if world is not None:
+            return world
+    # srun alone sets the number of tasks of the step; in a batch script the job's number is there with one process.
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if size > 1:
+        world = World(int(environment["SLURM_PROCID"]), size, int(environment["SLURM_LOCALID"]), "srun")
+        return _connect(world, *_slurm_address(environment))
     return World()
 
 
@@ -177,15 +182,27 @@ def mpi_available() -> bool:
     return subprocess.run([sys.executable, "-c", "from mpi4py import MPI"], capture_output=True).returncode == 0
 
 
-def _setup_mpi() -> World:
+def _setup_mpi() -> World | None:
+    """The world that mpiexec made; None where srun only looks like it (its variables, but no MPI among the tasks)."""
+    step_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        if step_tasks > 1:
+            return None
         raise RuntimeError(
             f"this process was started by mpiexec, but mpi4py cannot be used ({error}). "
             "Install both: pip install mpi4py mpich"
         ) from error
     comm = MPI.COMM_WORLD
+    expected = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    if comm.Get_size() == 1 and max(expected, step_tasks) > 1:
+        if step_tasks > 1:
+            return None
+        raise RuntimeError(
+            f"mpiexec started {expected} processes, but mpi4py sees one: it belongs to another MPI than this mpiexec "
+            f"({MPI.Get_library_version().splitlines()[0]}). Use the mpiexec of that MPI, or torchrun."
+        )
     local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     world = World(comm.Get_rank(), comm.Get_size(), local_rank, "mpiexec")
     if world.size == 1:
@@ -199,16 +216,15 @@ def _setup_mpi() -> World:
     return _connect(world, address, port, store=store)
 
 
-def _connect(world: World, address: str, port: int, *, store: dist.Store | None = None, elastic: bool = False) -> World:
-    if world.size == 1 and not elastic:
-        return world
+def _connect(world: World, address: str, port: int, *, store: dist.Store | None = None, hosted: bool = False) -> World:
+    """Joins the ranks at a store on rank 0's host: `store` where it is made already; `hosted`: by somebody else."""
     if world.size == 1:
-        world.launcher = "torchrun"
         return world
-    # torchrun's agent may host the store itself.
-    hosted = elastic and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if store is None:
         store = dist.TCPStore(address, port, world.size, is_master=world.is_main and not hosted, wait_for_workers=False)
+    interface = _interface_towards(address)
+    if interface is not None:  # gloo would take the one of the host's name, which may be the loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an attempt before must not be read
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(
@@ -221,7 +237,7 @@ def _connect(world: World, address: str, port: int, *, store: dist.Store | None 
     world._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     # A client of its own: the monitor's thread must never wait for a lock that the main thread holds.
     client = dist.TCPStore(address, port, world.size, is_master=False, wait_for_workers=False)
-    world._monitor = _Monitor(dist.PrefixStore(f"monitor{attempt}", client), world)
+    world._monitor = RankMonitor(dist.PrefixStore(f"monitor{attempt}", client), world.rank, world.size)
     return world
 
 
@@ -245,18 +261,47 @@ def _choose_device(local_rank: int) -> torch.device:
 def _routable_address() -> str:
     """An address of this host that other hosts can reach."""
     address = socket.gethostbyname(socket.gethostname())
-    if not address.startswith("127."):
-        return address
+    return _source_address("10.255.255.255") if address.startswith("127.") else address
+
+
+def _source_address(destination: str) -> str:
+    """This host's address when it talks to `destination`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("10.255.255.255", 1))  # sends nothing; asks the kernel which address it would send from
+        probe.connect((destination, 1))  # sends nothing; asks the kernel which address it would send from
         return probe.getsockname()[0]
+
+
+def _interface_towards(address: str) -> str | None:
+    """The network interface that leads to `address`; None where it cannot be told (not Linux, no IPv4)."""
+    try:
+        import fcntl
+
+        source = socket.inet_aton(_source_address(address))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            for _, name in socket.if_nameindex():
+                with contextlib.suppress(OSError):  # an interface without an address
+                    request = struct.pack("256s", name.encode())
+                    # The answer is a struct ifreq: the address lies behind name (16), family (2) and port (2).
+                    if fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24] == source:
+                        return name
+    except (ImportError, OSError):
+        pass
+    return None
+
+
+def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where the ranks of an srun meet: on its first host, at a port of its own for every step of every job."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_NODELIST"]
+    number = 17 * int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
+    address = environment.get("MASTER_ADDR") or _first_slurm_host(hosts)
+    return address, int(environment.get("MASTER_PORT", 20000 + number % 20000))
 
 
 def _first_slurm_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: "node[03-05,07],gpu1" -> "node03"."""
-    match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?", nodelist)
-    name, numbers = match.group(1), match.group(2)
-    return name + re.split(r"[,-]", numbers)[0] if numbers else name
+    match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?([^\[,]*)", nodelist)
+    name, numbers, rest = match.groups()
+    return name + (re.split(r"[,-]", numbers)[0] if numbers else "") + rest
 
 
 class _Slot:
@@ -297,78 +342,3 @@ def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
 
 def _map_slots(tree: Any, function: Callable[[_Slot], Any]) -> Any:
     return _map_leaves(tree, _Slot, function)
-
-
-class _Monitor:
-    """A thread that shows this rank to be alive and ends the process when another one fails or dies.
-
-    Without it, ranks would wait for a dead one inside a collective until that times out.
-    """
-
-    def __init__(self, store: dist.Store, world: World):
-        self.store, self.rank, self.size = store, world.rank, world.size
-        self.host = socket.gethostname()
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True, name="rank monitor")
-        self.thread.start()
-
-    def _watch(self) -> None:
-        seen = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
-        beats = 0
-        while not self.stopped.wait(BEAT_SECONDS):
-            beats += 1
-            try:
-                self.store.set(f"beat{self.rank}", f"{beats}@{self.host}")
-                reason = self._failure(seen)
-            except (RuntimeError, dist.DistError):
-                reason = "the rank that hosts the run's rendezvous (rank 0, or torchrun's agent) cannot be reached"
-            if reason is not None:
-                # A failing rank's own message comes first; a rank that is ending in order is let go.
-                if not self.stopped.wait(2 * BEAT_SECONDS):
-                    _end_process(self.rank, reason)
-                return
-
-    def _failure(self, seen: dict[int, tuple[str, float]]) -> str | None:
-        if self.store.check(["failure"]):
-            return self.store.get("failure").decode()
-        now = time.monotonic()
-        for rank, (last, since) in seen.items():
-            beat = self.store.get(f"beat{rank}").decode() if self.store.check([f"beat{rank}"]) else ""
-            if beat != last:
-                seen[rank] = (beat, now)
-            elif beat == "done":
-                continue
-            elif now - since > DEAD_AFTER_SECONDS:
-                host = beat.partition("@")[2] or "unknown"
-                return f"rank {rank} (host {host}) has given no sign of life for {now - since:.0f} s"
-        return None
-
-    def report(self, error: BaseException) -> None:
-        """Tells the other ranks that this one fails."""
-        text = f"rank {self.rank} (host {self.host}) failed: {type(error).__name__}: {error}"
-        with contextlib.suppress(Exception):
-            if not isinstance(error, RemoteError) and not self.store.check(["failure"]) and not _lost_contact(error):
-                self.store.set("failure", text)
-        if _lost_contact(error):
-            # This rank saw a connection close. Its monitor finds out whose, and names it.
-            print(f"rank {self.rank}: lost contact with another rank; finding out which", file=sys.stderr, flush=True)
-            self.thread.join(DEAD_AFTER_SECONDS + 5 * BEAT_SECONDS)
-        self.stop()
-
-    def stop(self) -> None:
-        self.stopped.set()
-        self.thread.join(2 * BEAT_SECONDS)
-        with contextlib.suppress(Exception):
-            self.store.set(f"beat{self.rank}", "done")
-
-
-def _lost_contact(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("connection closed by peer", "connection reset", "gloo", "nccl", "socket timeout")
-    )
-
-
-def _end_process(rank: int, reason: str) -> None:
-    print(f"rank {rank}: ending, because {reason}", file=sys.stderr, flush=True)
-    os._exit(1)

@@ -3,52 +3,75 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import io
 import json
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
+import torch
 from tqdm import tqdm
 
 
 class Logger:
     """Writes lines and rows of figures into `folder`; every method does nothing where `active` is false.
 
-    Only rank 0 is active. The files are appended to, so that a resumed run goes on in them.
+    Only rank 0 is active. Nothing is created before `open`, so that a start which is refused leaves nothing behind:
+    until then, lines go to the console and are kept for log.txt.
+
+    :raises ImportError: `tensorboard` is asked for, but not installed.
     """
 
     def __init__(self, folder: str, *, active: bool = True, tensorboard: bool = False):
         self.folder = folder
         self.active = active
-        self._writer = None
-        if not active:
+        self.tensorboard = tensorboard
+        if tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ImportError("--tensorboard True needs the package tensorboard: pip install tensorboard")
+        self._pending: list[str] = []
+        self._columns: list[str] = []
+        self._text: TextIO | None = None
+        self._rows: TextIO | None = None
+        self._writer: Any = None
+
+    def open(self, step: int) -> None:
+        """Creates the folder and files, or goes on in those of a run continued at `step`.
+
+        Rows of later steps, which a run that was killed wrote after its last checkpoint, are dropped: they come again.
+        :raises OSError: the folder cannot be written to.
+        """
+        if not self.active:
             return
-        os.makedirs(folder, exist_ok=True)
-        self._text = open(os.path.join(folder, "log.txt"), "a", encoding="utf-8")  # noqa: SIM115
-        self._rows = open(os.path.join(folder, "progress.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError(
-                    "--tensorboard True needs the package tensorboard: pip install tensorboard"
-                ) from error
-            self._writer = SummaryWriter(folder)
+        os.makedirs(self.folder, exist_ok=True)
+        self._drop_rows(step)
+        self._text = open(self._path("log.txt"), "a", encoding="utf-8")  # noqa: SIM115
+        self._rows = open(self._path("progress.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
+        self._write(self._text, "".join(self._pending))
+        self._pending.clear()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self.folder, purge_step=step + 1)
 
     def log(self, message: str) -> None:
         """One line, to the console (above a progress bar) and log.txt."""
-        if self.active:
-            tqdm.write(message, file=sys.stderr)
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-            self._text.flush()
+        if not self.active:
+            return
+        tqdm.write(message, file=sys.stderr)
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
+        if self._text is None:
+            self._pending.append(line)
+        else:
+            self._write(self._text, line)
 
     def row(self, figures: dict[str, Any]) -> None:
         """One row of figures by name; `step` is one of them."""
         if not self.active:
             return
-        self._rows.write(json.dumps(figures) + "\n")
-        self._rows.flush()
+        self._write(self._rows, json.dumps(figures) + "\n")
         self._append_csv(figures)
         if self._writer is not None:
             for name, value in figures.items():
@@ -60,31 +83,113 @@ class Logger:
         if self._writer is not None:
             self._writer.add_image(name, image, step, dataformats="HWC")
 
+    def close(self) -> None:
+        for file in (self._text, self._rows, self._writer):
+            if file is not None:
+                file.close()
+        self._text = self._rows = self._writer = None
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    @staticmethod
+    def _write(file: TextIO, text: str) -> None:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:  # a full disk, most likely; Python does not say which file
+            raise OSError(error.errno, error.strerror, file.name) from error
+
     def _append_csv(self, figures: dict[str, Any]) -> None:
         """A figure that was not there before becomes a new column, empty in the rows above."""
-        path = os.path.join(self.folder, "progress.csv")
-        rows: list[dict[str, Any]] = []
-        columns: list[str] = []
-        if os.path.exists(path):
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or [])
-                if not set(figures) <= set(columns):
-                    rows = list(reader)
-        if set(figures) <= set(columns):
-            with open(path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, columns, restval="").writerow(figures)
-            return
-        columns += [name for name in figures if name not in columns]
-        with open(path + ".tmp", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows([*rows, figures])
-        os.replace(path + ".tmp", path)
+        new = [name for name in figures if name not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite_csv(lambda row: True)
+        line = io.StringIO(newline="")
+        csv.DictWriter(line, self._columns, restval="").writerow(figures)
+        with open(self._path("progress.csv"), "a", newline="", encoding="utf-8") as file:
+            self._write(file, line.getvalue())
 
-    def close(self) -> None:
-        if self.active:
-            self._text.close()
-            self._rows.close()
-        if self._writer is not None:
-            self._writer.close()
+    def _drop_rows(self, last: int) -> None:
+        """Takes the rows after step `last` out of both files, and half a row that a killed run left."""
+        if os.path.exists(self._path("progress.csv")):
+            with open(self._path("progress.csv"), newline="", encoding="utf-8") as file:
+                self._columns = next(csv.reader(file), [])
+            self._rewrite_csv(
+                lambda row: None not in row.values() and row["step"].isdigit() and int(row["step"]) <= last
+            )
+        if os.path.exists(self._path("progress.jsonl")):
+            with open(self._path("progress.jsonl"), encoding="utf-8") as file:
+                lines = [line for line in file if _step_of(line) <= last]
+            _replace(self._path("progress.jsonl"), lambda file: file.writelines(lines))
+
+    def _rewrite_csv(self, keep: Callable[[dict[str, str]], bool]) -> None:
+        rows = []
+        if os.path.exists(self._path("progress.csv")):
+            with open(self._path("progress.csv"), newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if keep(row)]
+
+        def write(file: Any) -> None:
+            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+        _replace(self._path("progress.csv"), write)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")
+
+
+def _replace(path: str, write: Callable[[Any], Any]) -> None:
+    temporary = f"{path}.tmp{os.getpid()}"
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+class Averages:
+    """Means of losses since the last reading, by quarter of the timesteps too, kept on the device until read."""
+
+    def __init__(self, device: torch.device, num_timesteps: int):
+        self.device, self.num_timesteps = device, num_timesteps
+        self.sums: dict[str, torch.Tensor] = {}  # name -> [4 quarters, (sum, count)], or [1, ...] of a scalar
+
+    def add(self, t: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Losses [n] by name, at timesteps t [n]. A loss that is not finite is left out."""
+        quarter = 4 * t // self.num_timesteps
+        for name, values in terms.items():
+            finite = torch.isfinite(values)
+            pairs = torch.stack([torch.where(finite, values, 0.0), finite.to(values.dtype)], dim=1)
+            self._sums(name, 4).index_add_(0, quarter, pairs)
+
+    def add_scalar(self, name: str, value: torch.Tensor) -> None:
+        self._sums(name, 1).add_(torch.stack([value, torch.ones_like(value)])[None])
+
+    def _sums(self, name: str, rows: int) -> torch.Tensor:
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(rows, 2, device=self.device)
+        return self.sums[name]
+
+    def read(self, add_up: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The means, as `loss`, `loss_q0` ... `loss_q3`; starts anew. One transfer from the device.
+
+        :param add_up: adds a CPU tensor up over the ranks (`World.sum_`), which makes this a collective.
+        """
+        if not self.sums:
+            return {}
+        sizes = [len(sums) for sums in self.sums.values()]
+        flat = add_up(torch.cat(list(self.sums.values())).double().cpu())
+        means: dict[str, float] = {}
+        for name, rows in zip(self.sums, flat.split(sizes), strict=True):
+            total = rows.sum(dim=0)
+            if total[1] > 0:
+                means[name] = float(total[0] / total[1])
+            if len(rows) > 1:
+                means |= {f"{name}_q{i}": float(row[0] / row[1]) for i, row in enumerate(rows) if row[1] > 0}
+        self.sums.clear()
+        return means

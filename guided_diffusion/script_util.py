@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .gaussian_diffusion import get_named_beta_schedule
+from .resample import SCHEDULE_SAMPLERS
 from .respace import SpacedDiffusion, space_timesteps, trailing_timesteps
 from .unet import UNetModel
 
@@ -152,9 +153,18 @@ class TrainConfig:
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
         self.ema_rates()
-        for name, least in (("batch_size", 1), ("max_steps", 0), ("log_interval", 1), ("save_interval", 1)):
-            if getattr(self, name) < least:
+        resolve_precision(self.precision, False)
+        at_least = dict(batch_size=1, max_steps=0, log_interval=1, save_interval=1, max_bad_steps=1, warmup_steps=0)
+        at_least |= dict(
+            lr=0.0, lr_anneal_steps=0, sample_interval=0, keep_checkpoints=0, val_images=0, max_grad_norm=0
+        )
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.schedule_sampler not in SCHEDULE_SAMPLERS:
+            raise ConfigError(
+                f"unknown schedule_sampler {self.schedule_sampler!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}"
+            )
         if not 0 <= self.drop_rate <= 1:
             raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
         if self.microbatch == 0 or self.microbatch < -1:

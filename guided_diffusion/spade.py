@@ -47,10 +47,14 @@ class Layout:
         """(1 + scale, shift) of `norm` at `size`, each [N, C, h, w]."""
         if norm.index in self._modulations:
             return self._modulations[norm.index]
-        modulation = norm.modulation(self.resized(size))
+        modulation = norm.modulation(self.hidden(norm, size))
         if self.keep:
             self._modulations[norm.index] = modulation
         return modulation
+
+    def hidden(self, norm: SPADEGroupNorm, size: Sequence[int]) -> torch.Tensor:
+        """The hidden features [N, 128, h, w] of `norm`, from which it convolves scale and shift."""
+        return norm.mlp_shared(self.resized(size))
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout (into `out`)."""
@@ -66,6 +70,55 @@ class Layout:
         """Frees the one-hot maps once every modulation is kept."""
         self._resized.clear()
         self.y = self.y[..., :0]
+
+
+class LabelLayout(Layout):
+    """A layout as integers: the convolution over a one-hot map is a sum of nine weights, which are looked up.
+
+    The same numbers as `Layout` of the one-hot map, to rounding, without the products with its zeros: on a CPU, which
+    has no matrix units to make those cheap, a third of a training step. For one pass (nothing is kept).
+
+    :param label: class ids [N, 1, H, W]. :param edge: bool [N, 1, H, W], where the network reads instance edges.
+    :param drop: bool [N]; these samples have the null layout. :param dtype: what the network computes in.
+    """
+
+    def __init__(
+        self,
+        label: torch.Tensor,
+        edge: torch.Tensor | None,
+        num_classes: int,
+        drop: torch.Tensor,
+        dtype: torch.dtype,
+    ):
+        drop = drop.view(-1, 1, 1, 1)
+        # Which row of a weight table a pixel takes: its class, or the row of zeros behind them; with edges, of pairs of
+        # rows the second where there is one.
+        rows = label.long().masked_fill(drop, num_classes)
+        self.null, self.count = num_classes, num_classes + 1
+        if edge is not None:
+            rows = 2 * rows + (edge & ~drop)
+            self.null, self.count = 2 * self.null, 2 * self.count
+        super().__init__(rows)
+        self.num_classes, self.has_edges, self.dtype = num_classes, edge is not None, dtype
+
+    def resized(self, size: Sequence[int]) -> torch.Tensor:
+        """The table rows that a pixel's 3x3 neighbours take, [N * h * w, 9], at (height, width) `size`."""
+        size = tuple(size)
+        if size not in self._resized:
+            rows = F.interpolate(self.y.double(), size=size, mode="nearest").long()
+            around = F.pad(rows, (1, 1, 1, 1), value=self.null).unfold(2, 3, 1).unfold(3, 3, 1).reshape(-1, 9)
+            self._resized[size] = around + self.count * torch.arange(9, device=rows.device)
+        return self._resized[size]
+
+    def hidden(self, norm: SPADEGroupNorm, size: Sequence[int]) -> torch.Tensor:
+        convolution = norm.mlp_shared[0]
+        weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 1)  # [9, L, 128]
+        table = F.pad(weight[:, : self.num_classes], (0, 0, 0, 1))  # [9, classes + 1, 128]
+        if self.has_edges:
+            table = torch.stack([table, table + weight[:, self.num_classes :]], dim=2)
+        looked_up = F.embedding_bag(self.resized(size), table.reshape(9 * self.count, -1), mode="sum")
+        hidden = norm.mlp_shared[1](looked_up + convolution.bias).to(self.dtype)
+        return hidden.view(-1, *size, hidden.shape[1]).permute(0, 3, 1, 2)  # [N, 128, h, w], channels-last
 
 
 class GuidedLayout:
@@ -103,9 +156,8 @@ class SPADEGroupNorm(nn.Module):
         self.mlp_gamma = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
         self.mlp_beta = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
 
-    def modulation(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1 + scale, shift), each [N, C, h, w], from the layout [N, L, h, w]; both by one convolution."""
-        hidden = self.mlp_shared(y)
+    def modulation(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 + scale, shift), each [N, C, h, w], from the layout's hidden features; both by one convolution."""
         weight = torch.cat([self.mlp_gamma.weight, self.mlp_beta.weight]).to(hidden.dtype)
         # The 1 of (1 + scale) rides on the bias. In float32, so that the sum is rounded only once.
         bias = torch.cat([self.mlp_gamma.bias + 1.0, self.mlp_beta.bias]).to(hidden.dtype)

@@ -12,25 +12,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import checkpoints
-from .conditioning import drop_layouts
 from .dist_util import World
-from .fp16_util import PRECISIONS, MixedPrecisionTrainer, global_norm
+from .fp16_util import PRECISIONS, MixedPrecisionTrainer, StepResult, global_norm
 from .image_datasets import LayoutDataset, balance_weights, training_batches
-from .logger import Logger
+from .logger import Averages, Logger
 from .nn import update_ema
 from .pictures import save_png
 from .resample import create_schedule_sampler
-from .script_util import DiffusionConfig, TrainConfig, create_gaussian_diffusion, resolve_precision
+from .resume import Start, find_start, load_optimizer_state
+from .script_util import ConfigError, DiffusionConfig, TrainConfig, create_gaussian_diffusion, resolve_precision
 from .seeding import normals, stable_seed, uniforms
+from .stop_signals import StopSignals
 from .unet import UNetModel
 from .validation import Validation, preview_page, to_network
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends before a time limit
 PREVIEW_STEPS = 20
 
 
@@ -76,16 +75,34 @@ class TrainLoop:
         self.samples_seen = 0
         self.bad_steps = self.bad_in_a_row = 0
         self.saved_step: int | None = None
-        self.stop_signal: str | None = None
 
+        try:
+            model.check_size(*dataset.shape)
+        except ValueError as error:
+            raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
+        logger.log(
+            f"{len(dataset)} training images of {dataset.shape[0]}x{dataset.shape[1]}, {dataset.num_classes} classes; "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+        )
         precision = resolve_precision(config.precision, record["model"]["use_fp16"])
         if precision == "fp16" and world.device.type == "cpu":
             logger.log("note: float16 is slow on a CPU; --precision bf16 or fp32 is better there")
         model.dtype = PRECISIONS[precision]
         self.model = model.to(world.device, memory_format=torch.channels_last)
-        self.emas: dict[str, list[torch.Tensor]] = {}
-        state = self._load()
         self.parameters = list(self.model.parameters())
+        self.emas: dict[str, list[torch.Tensor]] = {}
+        self.start: Start = world.on_main(
+            lambda: find_start(
+                logdir,
+                config.resume_checkpoint,
+                config.ema_rates(),
+                world_size=world.size,
+                global_batch=self.global_batch,
+                log=logger.log,
+            )
+        )
+        state = world.on_main(self.start.read)
+        self._load_weights(state)
         self.optimizer = self._make_optimizer()
         self.trainer = MixedPrecisionTrainer(
             self.parameters,
@@ -94,11 +111,12 @@ class TrainLoop:
             scale_growth=config.fp16_scale_growth,
             max_grad_norm=config.max_grad_norm,
         )
-        self._restore(state)
-        self.network: torch.nn.Module = self.model
+        self._load_optimizer(state)
+        self.distributed: DistributedDataParallel | None = None
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
+            self.distributed = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
+        self.network: torch.nn.Module = self.distributed or self.model
         if config.compile:
             self.network = torch.compile(self.network)
         self.validation = None
@@ -116,86 +134,58 @@ class TrainLoop:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = dict(lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
         if self.config.shard_optimizer and self.world.size > 1:
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # here, as importing it takes seconds
+
             return ZeroRedundancyOptimizer(self.parameters, torch.optim.AdamW, **options)
         return torch.optim.AdamW(self.parameters, **options)
 
-    def _load(self) -> dict[str, Any]:
-        """Loads weights and EMAs: of the newest complete checkpoint in the log directory, else of resume_checkpoint,
-        else those the model has. Returns what the optimizer is to be given. A collective."""
-        found = self.world.on_main(lambda: self._find_start())
-        state = self.world.broadcast_tree(self._read_start(found) if self.world.is_main else None)
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        """The network's weights and its EMAs, in the memory layout of the weights."""
         if state["model"] is not None:
-            checkpoints.load_state_into(self.model, state["model"], found["model"])
+            checkpoints.load_state_into(self.model, state["model"], self.start.model)
         elif self.world.size > 1:  # the seed gives every rank the same weights; make sure of it
-            self.model.load_state_dict(self.world.broadcast_tree(dict(self.model.state_dict())))
+            self.model.load_state_dict(self.world.broadcast_tree(_to_cpu(self.model.state_dict())))
         for rate in self.config.ema_rates():
-            weights = state["emas"].get(rate)
-            names = [name for name, _ in self.model.named_parameters()]
-            source = self.model.state_dict() if weights is None else weights
-            self.emas[rate] = [source[name].detach().to(self.world.device).clone() for name in names]
-        self.step, self.samples_seen = found["step"], found["samples_seen"]
-        if found["step"]:
-            self.saved_step = found["step"] if found["own"] else None
-        return state
+            weights = state["emas"].get(rate) or self.model.state_dict()
+            self.emas[rate] = [
+                torch.empty_like(parameter, requires_grad=False).copy_(weights[name])
+                for name, parameter in self.model.named_parameters()
+            ]
+        self.step, self.samples_seen = self.start.step, self.start.samples_seen
+        if self.start.continues:
+            self.saved_step = self.start.step
 
-    def _find_start(self) -> dict[str, Any]:
-        """Which files to start from; says so in the log. On rank 0."""
-        os.makedirs(self.logdir, exist_ok=True)
-        checkpoints.remove_leftovers(self.logdir)
-        log, resume = self.logger.log, self.config.resume_checkpoint
-        manifest = checkpoints.newest_complete(self.logdir, log)
-        if manifest is not None:
-            step = manifest["step"]
-            log(f"continuing this log directory's run at step {step}")
-            if resume and checkpoints.step_of(resume) not in (None, step):
-                log(f"note: {resume} is not used; give another --logdir to start from it")
-            if manifest["world_size"] != self.world.size:
-                log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
-            folder, own = self.logdir, True
-            samples_seen = manifest["samples_seen"]
-        elif not resume:
-            log("starting from new weights")
-            return {"model": None, "emas": {}, "optimizer": None, "step": 0, "samples_seen": 0, "own": False}
-        else:
-            step, folder, own = checkpoints.step_of(resume), os.path.dirname(resume), False
-            if step is None:
-                log(f"starting a new run from the weights in {resume}")
-                return {"model": resume, "emas": {}, "optimizer": None, "step": 0, "samples_seen": 0, "own": False}
-            log(f"continuing at step {step} from {resume}")
-            beside = checkpoints.read_manifest(folder, step)
-            samples_seen = beside.get("samples_seen", step * self.global_batch)
-        emas = {rate: os.path.join(folder, checkpoints.ema_name(rate, step)) for rate in self.config.ema_rates()}
-        optimizer = os.path.join(folder, checkpoints.optimizer_name(step))
-        for rate in [rate for rate, path in emas.items() if not os.path.exists(path)]:
-            log(f"note: there is no {emas.pop(rate)}; the EMA of rate {rate} starts from the weights")
-        if not os.path.exists(optimizer):
-            log(f"note: there is no {optimizer}; the optimizer starts fresh")
-            optimizer = None
-        model = os.path.join(folder, checkpoints.model_name(step)) if own else resume
-        return {
-            "model": model, "emas": emas, "optimizer": optimizer,
-            "step": step, "samples_seen": samples_seen, "own": own,
-        }  # fmt: skip
-
-    def _read_start(self, found: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "model": checkpoints.load_weights(found["model"]) if found["model"] else None,
-            "emas": {rate: checkpoints.load_weights(path) for rate, path in found["emas"].items()},
-            "optimizer": checkpoints.load(found["optimizer"]) if found["optimizer"] else None,
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
         if state["optimizer"] is None:
             return
         optimizer = dict(state["optimizer"])
         trainer = optimizer.pop("trainer", None)  # absent in checkpoints of other programs
-        self.optimizer.load_state_dict(optimizer)
+        try:
+            load_optimizer_state(self.optimizer, optimizer)
+        except (KeyError, ValueError) as error:
+            raise checkpoints.CheckpointError(
+                f"{self.start.optimizer} does not fit the network that the flags describe ({error}); "
+                "start from model.pt instead, which needs no optimizer"
+            ) from error
         if trainer is not None:
             self.trainer.load_state_dict(trainer["precision"])
             history = {name: value.numpy() for name, value in trainer["schedule_sampler"].items()}
             if history:
                 self.schedule_sampler.load_state_dict(history)
-            self.bad_steps = trainer["bad_steps"]
+            self.bad_steps, self.bad_in_a_row = trainer["bad_steps"], trainer["bad_in_a_row"]
+
+    def _open_log_directory(self) -> None:
+        """Everything that could be refused has been checked: from here on there are files. On rank 0."""
+        try:
+            checkpoints.remove_leftovers(self.logdir)
+            self.logger.open(self.step)
+        except OSError as error:
+            raise checkpoints.CheckpointError(
+                f"cannot write to the log directory {self.logdir} ({error}): give another --logdir"
+            ) from error
+        if self.start.continues:  # the run may have been killed between writing the set and publishing it
+            losses = checkpoints.read_manifest(self.logdir, self.step)["validation_loss"]
+            checkpoints.publish_set(self.logdir, self.step, list(self.start.emas), losses)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -207,10 +197,13 @@ class TrainLoop:
 
     def run(self) -> None:
         """Trains to the end. :raises TrainingDiverged, CheckpointError, DataError: with everything saved before."""
+        self.world.on_main(self._open_log_directory)
         if self.last_step and self.step >= self.last_step:
             self.logger.log(f"nothing to do: step {self.step} of {self.last_step} is reached")
             return
-        weights = balance_weights(self.dataset, self.num_workers) if self.config.class_balance else False
+        weights: np.ndarray | bool = False
+        if self.config.class_balance:
+            weights = self.world.on_main(lambda: balance_weights(self.dataset, self.num_workers))
         batches = training_batches(
             self.dataset,
             batch_size=self.config.batch_size,
@@ -221,21 +214,24 @@ class TrainLoop:
             pin_memory=self.world.device.type == "cuda",
             class_balance=weights,
         )
-        with batches, self._catch_signals(), self._progress_bar() as bar:
+        with batches, StopSignals() as signals, self._progress_bar() as bar:
             self.model.train()
-            self._clock = time.monotonic()
+            self._clock, self._clock_step = time.monotonic(), self.step
             while not (self.last_step and self.step >= self.last_step):
                 self.train_step(next(batches))
                 bar.update()
                 if self.step % self.config.log_interval == 0:
                     self._log_row(bar, len(batches.skipped))
                 if self.config.sample_interval and self.step % self.config.sample_interval == 0:
-                    self._preview()
-                stop = self.world.max(STOP_SIGNALS.index(self.stop_signal) + 1 if self.stop_signal else 0)
+                    with self._clock_stopped():
+                        self._preview()
+                stop = self.world.max(signals.number)
                 if self.step % self.config.save_interval == 0 or stop:
-                    self.save()
+                    with self._clock_stopped():
+                        self.save()
                 if stop:
-                    self.logger.log(f"stopped by {STOP_SIGNALS[stop - 1].name} at step {self.step}; all is saved")
+                    name = signal.Signals(stop).name
+                    self.logger.log(f"stopped by {name} at step {self.step}; all is saved")
                     return
             if self.saved_step != self.step:
                 self.save()
@@ -259,16 +255,16 @@ class TrainLoop:
                 self.world.device,
                 self.dataset.num_classes,
                 self.model.dtype,
+                dropped=dropped[part],
             )
-            drop_layouts(y, dropped[part].to(y.device))
             last = first + self.microbatch >= len(positions)
             losses.append(
                 self._backward(
                     x_start,
                     y,
-                    torch.from_numpy(t[part]).to(y.device),
-                    torch.from_numpy(weights[part]).to(y.device) / len(positions),
-                    normals(noise_seeds[part], x_start.shape[1:], y.device),
+                    torch.from_numpy(t[part]).to(x_start.device),
+                    torch.from_numpy(weights[part]).to(x_start.device) / len(positions),
+                    normals(noise_seeds[part], x_start.shape[1:], x_start.device),
                     synchronize=last,
                 )
             )
@@ -279,14 +275,14 @@ class TrainLoop:
 
     def _backward(self, x_start, y, t, weights, noise, *, synchronize: bool) -> torch.Tensor:
         """Adds the gradient of one microbatch; ranks exchange gradients only where `synchronize`. Losses [n]."""
-        postpone = isinstance(self.network, DistributedDataParallel) and not synchronize
-        with self.network.no_sync() if postpone else contextlib.nullcontext():
+        postpone = self.distributed is not None and not synchronize
+        with self.distributed.no_sync() if postpone else contextlib.nullcontext():
             terms = self.diffusion.training_losses(self.network, x_start, t, {"y": y}, noise)
             self.trainer.scale((terms["loss"] * weights).sum()).backward()
         self.averages.add(t, {name: term.detach() for name, term in terms.items()})
         return terms["loss"].detach()
 
-    def _after_step(self, result: Any, t: np.ndarray, losses: torch.Tensor) -> None:
+    def _after_step(self, result: StepResult, t: np.ndarray, losses: torch.Tensor) -> None:
         if self.schedule_sampler.needs_losses and result.applied:
             gathered = self.world.gather((t, losses.cpu().numpy()))
             self.schedule_sampler.update(*(np.concatenate(parts) for parts in zip(*gathered, strict=True)))
@@ -328,10 +324,10 @@ class TrainLoop:
 
     def _log_row(self, bar: tqdm, skipped_files: int) -> None:
         """Figures since the last row, the means over all ranks. A collective."""
-        means = self.averages.read(self.world)
+        means = self.averages.read(self.world.sum_)
         now = time.monotonic()
-        rate = self.config.log_interval * self.global_batch / (now - self._clock)
-        self._clock = now
+        rate = (self.step - self._clock_step) * self.global_batch / (now - self._clock)
+        self._clock, self._clock_step = now, self.step
         row: dict[str, Any] = {"step": self.step, "samples": self.samples_seen, **means}
         row["param_norm"] = float(global_norm([p.detach() for p in self.parameters]))
         row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -345,6 +341,13 @@ class TrainLoop:
             row["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.logger.row(row)
         bar.set_postfix_str(f"loss {means.get('loss', float('nan')):.4f}, {rate:.1f} images/s", refresh=False)
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Saves and previews do not count in the images per second."""
+        since = time.monotonic()
+        yield
+        self._clock += time.monotonic() - since
 
     def _named(self, rate: str) -> dict[str, torch.Tensor]:
         return dict(zip((name for name, _ in self.model.named_parameters()), self.emas[rate], strict=True))
@@ -377,7 +380,8 @@ class TrainLoop:
         val_losses = {}
         if self.validation is not None:
             val_losses = {rate: self.validation.loss(self.model, self._named(rate)) for rate in self.emas}
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.logger.row({"step": self.step} | {f"val_loss_{rate}": loss for rate, loss in val_losses.items()})
+        if hasattr(self.optimizer, "consolidate_state_dict"):  # sharded: rank 0 collects the parts
             self.optimizer.consolidate_state_dict(to=0)
         self.world.on_main(lambda: self._write(val_losses))
         self.saved_step = self.step
@@ -388,81 +392,25 @@ class TrainLoop:
             "precision": self.trainer.state_dict(),
             "schedule_sampler": {n: torch.from_numpy(v) for n, v in self.schedule_sampler.state_dict().items()},
             "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
         }
-        contents: dict[str, Any] = {checkpoints.model_name(step): _to_cpu(self.model.state_dict())}
-        contents |= {checkpoints.ema_name(rate, step): _to_cpu(self._named(rate)) for rate in self.emas}
-        contents[checkpoints.optimizer_name(step)] = {**_to_cpu(self.optimizer.state_dict()), "trainer": trainer}
+        # Functions: one file's content at a time is copied from the device.
+        contents = {checkpoints.model_name(step): lambda: _to_cpu(self.model.state_dict())}
+        for rate in self.emas:
+            contents[checkpoints.ema_name(rate, step)] = lambda rate=rate: _to_cpu(self._named(rate))
+        contents[checkpoints.optimizer_name(step)] = lambda: {
+            **_to_cpu(self.optimizer.state_dict()), "trainer": trainer,
+        }  # fmt: skip
         manifest = {"samples_seen": self.samples_seen, "world_size": self.world.size, "validation_loss": val_losses}
         checkpoints.write_json(os.path.join(folder, checkpoints.CONFIG_NAME), self.record)
         checkpoints.save_set(folder, step, contents, manifest)
-        checkpoints.publish(os.path.join(folder, checkpoints.model_name(step)), os.path.join(folder, "model.pt"))
-        best = checkpoints.update_best(folder, step, list(self.emas), val_losses)
-        checkpoints.prune(folder, self.config.keep_checkpoints)
+        best = checkpoints.publish_set(folder, step, list(self.emas), val_losses)
+        checkpoints.prune(folder, self.config.keep_checkpoints, step)
         figures = ", ".join(f"EMA {rate}: {loss:.5f}" for rate, loss in val_losses.items())
         self.logger.log(
             f"saved step {step} in {folder}" + (f"; validation loss of {figures}" if figures else "")
             + (f"; new best: {', '.join(best)}" if best and val_losses else "")
         )  # fmt: skip
-
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """A first signal asks for a save and an end after this step; a second one, seconds later, ends at once.
-
-        (`mpiexec` passes on a Ctrl-C that the terminal has already sent to every process: that is not a second one.)
-        """
-        first = 0.0
-
-        def note(number: int, _: Any) -> None:
-            nonlocal first
-            if self.stop_signal is None:
-                self.stop_signal, first = signal.Signals(number), time.monotonic()
-            elif number == signal.SIGINT and time.monotonic() - first > 3:
-                raise KeyboardInterrupt
-
-        old = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-
-class Averages:
-    """Means of losses since the last reading, by quarter of the timesteps too, kept on the device until read."""
-
-    def __init__(self, device: torch.device, num_timesteps: int):
-        self.device, self.num_timesteps = device, num_timesteps
-        self.sums: dict[str, torch.Tensor] = {}  # name -> [4 quarters, (sum, count)], or [1, ...] of a scalar
-
-    def add(self, t: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        """Losses [n] by name, at timesteps t [n]. A loss that is not finite is left out."""
-        quarter = 4 * t // self.num_timesteps
-        for name, values in terms.items():
-            finite = torch.isfinite(values)
-            pairs = torch.stack([torch.where(finite, values, 0.0), finite.to(values.dtype)], dim=1)
-            self._sums(name, 4).index_add_(0, quarter, pairs)
-
-    def add_scalar(self, name: str, value: torch.Tensor) -> None:
-        self._sums(name, 1).add_(torch.stack([value, torch.ones_like(value)])[None])
-
-    def _sums(self, name: str, rows: int) -> torch.Tensor:
-        return self.sums.setdefault(name, torch.zeros(rows, 2, device=self.device))
-
-    def read(self, world: World) -> dict[str, float]:
-        """The means over all ranks, as `loss`, `loss_q0` ... `loss_q3`; starts anew. One transfer. A collective."""
-        if not self.sums:
-            return {}
-        sizes = [len(sums) for sums in self.sums.values()]
-        flat = world.sum_(torch.cat(list(self.sums.values())).double().cpu())
-        means: dict[str, float] = {}
-        for name, rows in zip(self.sums, flat.split(sizes), strict=True):
-            total = rows.sum(dim=0)
-            if total[1] > 0:
-                means[name] = float(total[0] / total[1])
-            if len(rows) > 1:
-                means |= {f"{name}_q{i}": float(row[0] / row[1]) for i, row in enumerate(rows) if row[1] > 0}
-        self.sums.clear()
-        return means
 
 
 def _to_cpu(tree: Any) -> Any:

@@ -12,28 +12,44 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from .conditioning import encode_label_map
+from .conditioning import drop_layouts, encode_label_map, instance_edges
 from .dist_util import World
 from .image_datasets import LayoutDataset, sampling_batches
 from .pictures import colorize, contact_sheet
 from .samplers import sample_loop
 from .seeding import normals, stable_seed
+from .spade import LabelLayout
 
 Weights = dict[str, torch.Tensor]
 PREVIEW_LAYOUTS = 4
 PREVIEW_SCALE = 1.5
 
 
-def to_network(batch: dict[str, Any], device: torch.device, num_classes: int, dtype: torch.dtype) -> tuple:
+def to_network(
+    batch: dict[str, Any],
+    device: torch.device,
+    num_classes: int,
+    dtype: torch.dtype,
+    dropped: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | LabelLayout]:
     """A loader's batch as the network reads it: images float32 [N, 3, H, W] in [-1, 1] (None without photographs) and
-    the layout [N, L, H, W]. Integers travel to the device, the rest is made there."""
+    the layout [N, L, H, W]. Integers travel to the device, the rest is made there.
+
+    :param dropped: bool [N], in training: these samples get the null layout. A CPU then gets the layout as integers.
+    """
     image = batch.get("image")
     if image is not None:
         image = image.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
-    instance = batch.get("instance")
+    label, instance = batch["label"].to(device, non_blocking=True), batch.get("instance")
     if instance is not None:
         instance = instance.to(device, non_blocking=True)
-    return image, encode_label_map(batch["label"].to(device, non_blocking=True), instance, num_classes, dtype)
+    if dropped is None:
+        return image, encode_label_map(label, instance, num_classes, dtype)
+    dropped = dropped.to(device)
+    if device.type == "cpu":
+        edge = None if instance is None else instance_edges(instance)
+        return image, LabelLayout(label, edge, num_classes, dropped, dtype)
+    return image, drop_layouts(encode_label_map(label, instance, num_classes, dtype), dropped)
 
 
 def spread(count: int, total: int) -> list[int]:

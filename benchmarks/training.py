@@ -1,0 +1,294 @@
+"""How fast training is, in how much memory, against the plain way (plain_training.py), improvement by improvement.
+
+    python benchmarks/training.py                        64 px, 64 channels, 151 classes: minutes on two CPU cores
+    python benchmarks/training.py --device cuda          the published ADE20K network: 256 px, 256 channels
+    python benchmarks/training.py --device cuda --size cpu   the small one, to try it
+
+Variants are measured in rounds, each taking a few steps in turn, so that a busy machine slows all of them alike; ratios
+compare medians. Peak memory is measured in a process of its own per variant. Ends with 1 against 2 ranks at an equal
+global batch, through image_train.py. Writes a table, JSON and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from plain_training import IMPROVEMENTS, PlainTraining
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = 151
+SIZES = {
+    "cpu": dict(
+        image_size=64, num_channels=64, num_res_blocks=1, channel_mult="1,2,3", attention_resolutions="16,32",
+        num_head_channels=64,
+    ),
+    "published": dict(
+        image_size=256, num_channels=256, num_res_blocks=2, channel_mult="1,1,2,2,4,4",
+        attention_resolutions="32,16,8", num_head_channels=64, resblock_updown=True,
+    ),
+}  # fmt: skip
+SETTINGS = dict(num_classes=CLASSES, learn_sigma=True, diffusion_steps=1000, noise_schedule="linear")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def draw_data(folder: Path, side: int, count: int = 32) -> None:
+    """Photographs, labels of 151 classes and instances, in blocks of random content."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", count), ("val", 1)):
+        for kind in ("images", "labels", "instances"):
+            (folder / split / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            photograph = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            blocks = rng.integers(0, CLASSES, (8, 8), dtype=np.uint8)
+            labels = np.asarray(Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST))
+            for kind, pixels in (("images", photograph), ("labels", labels), ("instances", labels)):
+                Image.fromarray(pixels).save(folder / split / kind / f"{i:03d}.png")
+
+
+def variants(device: torch.device, precisions: list[str]) -> dict[str, str]:
+    """Key -> description. "plain", then with improvements added one after the other, then the engine itself."""
+    names = {"plain": "plain guided-diffusion way"}
+    names |= {improvement: "+ " + text for improvement, text in IMPROVEMENTS.items()}
+    return names | {precision: f"the engine, {precision}" for precision in precisions}
+
+
+def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch.device, scratch: Path):
+    """An object with `step()` and, after a step, `bytes_sent`."""
+    from guided_diffusion.image_datasets import open_dataset
+    from guided_diffusion.script_util import DiffusionConfig, ModelConfig, build_config
+
+    model = build_config(ModelConfig, SIZES[size] | SETTINGS)
+    diffusion = build_config(DiffusionConfig, SETTINGS)
+    dataset = open_dataset(
+        data_dir=data, dataset_mode="custom", split="train", image_size=model.image_size, num_classes=CLASSES
+    )
+    if key in PRECISIONS:
+        return Engine(model, diffusion, dataset, batch_size, key, scratch)
+    order = ["plain", *IMPROVEMENTS]
+    improved = set(order[1 : order.index(key) + 1])
+    return PlainTraining(model, diffusion, dataset, batch_size, device, improved)
+
+
+class Engine:
+    """The training loop itself, step by step."""
+
+    def __init__(self, model, diffusion, dataset, batch_size: int, precision: str, scratch: Path):
+        from guided_diffusion.dist_util import World
+        from guided_diffusion.image_datasets import training_batches
+        from guided_diffusion.logger import Logger
+        from guided_diffusion.script_util import TrainConfig, create_model
+        from guided_diffusion.train_util import TrainLoop
+
+        torch.manual_seed(0)
+        world = World()
+        self.loop = TrainLoop(
+            model=create_model(model, diffusion.learn_sigma),
+            diffusion_config=diffusion,
+            dataset=dataset,
+            validation=None,
+            config=TrainConfig(batch_size=batch_size, precision=precision, drop_rate=0.2),
+            num_workers=2,
+            world=world,
+            logger=Logger(str(scratch / precision), active=False),
+            logdir=str(scratch / precision),
+            record={"model": dataclasses.asdict(model)},
+        )
+        self.loop.trainer.log_loss_scale = min(self.loop.trainer.log_loss_scale, 10.0)  # as after the first steps
+        self.batches = training_batches(
+            dataset, batch_size=batch_size, num_workers=2, pin_memory=world.device.type == "cuda"
+        )
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        self.bytes_sent = sum(batch[name].nbytes for name in ("image", "label", "instance"))
+        self.loop.train_step(batch)
+
+
+def timed_step(variant, device: torch.device) -> float:
+    since = time.perf_counter()
+    variant.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - since
+
+
+def measure_speed(made: dict, device: torch.device, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every timed step, by variant; a warm-up step goes first in each round, as caches are cold then."""
+    seconds: dict[str, list[float]] = {key: [] for key in made}
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for key, variant in made.items():
+            variant.step()
+            seconds[key].append(timed_step(variant, device))
+    return seconds
+
+
+def peak_memory(key: str, args: argparse.Namespace, data: Path) -> float:
+    """GiB at the peak of three steps, in a process of its own: of the GPU, or of the process above its start."""
+    command = [sys.executable, __file__, "--memory_of", key, "--data", str(data), "--device", args.device]
+    command += ["--size", args.size, "--batch_size", str(args.batch_size), "--threads", str(args.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(args.threads))
+    if done.returncode:
+        raise RuntimeError(f"{key}: {done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def print_memory(key: str, args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with tempfile.TemporaryDirectory() as scratch:
+        variant = make_variant(key, Path(args.data), args.size, args.batch_size, device, Path(scratch))
+        for _ in range(3):
+            variant.step()
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**30)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before)
+
+
+def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[str, float]:
+    """Images per second of 1 and 2 ranks with the same cores or GPUs-per-rank, at an equal global batch."""
+    rates: dict[str, list[float]] = {"1": [], "2": []}
+    for repeat in range(2):
+        for ranks in (1, 2):
+            logdir = folder / f"ranks{ranks}-{repeat}"
+            settings = SIZES[args.size] | SETTINGS | dict(
+                data_dir=data, dataset_mode="custom", logdir=logdir, batch_size=args.batch_size // ranks,
+                max_steps=8, log_interval=4, num_workers=1, val_images=0,
+            )  # fmt: skip
+            arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            threads = max(1, args.threads // ranks)
+            command = [*launcher, str(ROOT / "image_train.py"), *arguments]
+            subprocess.run(command, check=True, capture_output=True, env=_environment(threads))
+            rows = [json.loads(line) for line in (logdir / "progress.jsonl").read_text().splitlines()]
+            rates[str(ranks)].append(rows[-1]["images_per_second"])  # steps 5 to 8: after the warm-up
+    return {ranks: max(values) for ranks, values in rates.items()}
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def table(results: dict[str, dict[str, float]], names: dict[str, str]) -> str:
+    lines = ["| variant | images/s | times plain | peak GiB | share of plain | bytes/image | share |", "|---" * 7 + "|"]
+    plain = results["plain"]
+    for key, row in results.items():
+        lines.append(
+            f"| {names[key]} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['peak_gib']:.2f} | "
+            f"{row['peak_gib'] / plain['peak_gib']:.2f} | {row['bytes_per_image']:,.0f} | "
+            f"1/{plain['bytes_per_image'] / row['bytes_per_image']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[str, float]], names: dict[str, str], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keys = list(results)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(keys) + 1.4), sharey=True, layout="constrained")
+    colours = ["#b8b8b8" if key == "plain" else "#1f6f8b" if key in PRECISIONS else "#8fc1d4" for key in keys]
+    memory = {key: row["peak_gib"] / results["plain"]["peak_gib"] for key, row in results.items()}
+    for axis, values, label in (
+        (axes[0], [results[key]["speedup"] for key in keys], "speed, times the plain way (higher is better)"),
+        (axes[1], [memory[key] for key in keys], "peak memory, share of the plain way's (lower is better)"),
+    ):
+        bars = axis.barh(range(len(keys)), values, color=colours)
+        axis.bar_label(bars, fmt="%.2f", padding=4)
+        axis.axvline(1.0, color="#606060", linewidth=0.8, linestyle="--")
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.set_xlabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(keys)), [names[key] for key in keys])
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", choices=tuple(SIZES), help="default: cpu on a CPU, published on a GPU")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2, help="of one process on a CPU")
+    parser.add_argument(
+        "--precisions", default="", help="default: fp32,bf16 on a CPU, where fp16 is slow; all on a GPU"
+    )
+    parser.add_argument("--only", default="", help="these variants, for example plain,fp32,bf16")
+    parser.add_argument("--ranks", type=int, default=1, help="0: leave out 1 against 2 ranks")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_DEVICE.json, .png beside it")
+    parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--data", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.size = args.size or ("cpu" if args.device == "cpu" else "published")
+    args.precisions = args.precisions or ("fp32,bf16" if args.device == "cpu" else "fp32,bf16,fp16")
+    args.out = args.out or ROOT / "benchmarks" / "results" / f"training_{args.device}.json"
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        return print_memory(args.memory_of, args)
+    device = torch.device(args.device)
+    names = variants(device, args.precisions.split(","))
+    keys = args.only.split(",") if args.only else list(names)
+    with tempfile.TemporaryDirectory() as temporary:
+        data, scratch = Path(temporary) / "data", Path(temporary)
+        draw_data(data, SIZES[args.size]["image_size"])
+        made = {key: make_variant(key, data, args.size, args.batch_size, device, scratch) for key in keys}
+        seconds = measure_speed(made, device, args.rounds)
+        sent = {key: variant.bytes_sent / args.batch_size for key, variant in made.items()}
+        del made
+        results = {}
+        for key in tqdm(keys, desc="memory"):
+            median = statistics.median(seconds[key])
+            results[key] = dict(
+                seconds_per_step=median,
+                fastest=min(seconds[key]),
+                images_per_second=args.batch_size / median,
+                speedup=statistics.median(seconds["plain"]) / median,
+                speedup_of_fastest=min(seconds["plain"]) / min(seconds[key]),
+                peak_gib=peak_memory(key, args, data),
+                bytes_per_image=sent[key],
+            )
+        ranks = measure_ranks(args, data, scratch) if args.ranks else {}
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
+    title = f"Training at {SIZES[args.size]['image_size']} px, {CLASSES} classes, batch {args.batch_size}, on " + (
+        machine if device.type == "cuda" else f"{args.threads} CPU cores"
+    )
+    print(title, table(results, names), sep="\n")
+    if ranks:
+        print(f"1 rank: {ranks['1']:.2f} images/s; 2 ranks, equal global batch: {ranks['2']:.2f} images/s")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    record = dict(
+        command=" ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+        machine=machine, torch=torch.__version__, network=SIZES[args.size] | SETTINGS, batch_size=args.batch_size,
+        results=results, images_per_second_of_ranks=ranks, seconds=seconds,
+    )  # fmt: skip
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    plot(results, names, title, args.out.with_suffix(".png"))
+    print(f"{args.out}, {args.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

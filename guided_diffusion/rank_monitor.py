@@ -1,0 +1,114 @@
+"""Ranks watch each other, so that none waits for ever for one that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 2.0
+DEAD_AFTER_SECONDS = 30.0
+UNREACHABLE = "the rank that hosts the run's rendezvous (rank 0, or torchrun's agent) cannot be reached"
+
+
+class RemoteError(RuntimeError):
+    """Something failed on another rank, which has said what."""
+
+
+class RankMonitor:
+    """A thread that shows this rank to be alive and ends the process when another one fails or dies.
+
+    Without it, ranks would wait for a dead one inside a collective until that times out. A second thread ends the
+    process should the first get no answer any more (rank 0's host lost its power, or the network its cable).
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        self.store, self.rank, self.size = store, rank, size
+        self.host = socket.gethostname()
+        self.stopped = threading.Event()
+        self.contact = time.monotonic()
+        self.thread = threading.Thread(target=self._watch, daemon=True, name="rank monitor")
+        self.thread.start()
+        threading.Thread(target=self._watch_contact, daemon=True, name="contact monitor").start()
+
+    def _watch(self) -> None:
+        seen = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
+        beats = 0
+        while not self.stopped.wait(BEAT_SECONDS):
+            beats += 1
+            try:
+                self.store.set(f"beat{self.rank}", f"{beats}@{self.host}")
+                reason = self._failure(seen)
+                self.contact = time.monotonic()
+            except (RuntimeError, dist.DistError):
+                reason = UNREACHABLE
+            if reason is not None:
+                # A failing rank's own message comes first; a rank that is ending in order is let go.
+                if not self.stopped.wait(2 * BEAT_SECONDS):
+                    self._say_end()
+                    _end_process(self.rank, reason)
+                return
+
+    def _watch_contact(self) -> None:
+        while not self.stopped.wait(BEAT_SECONDS):
+            if time.monotonic() - self.contact > DEAD_AFTER_SECONDS + 5 * BEAT_SECONDS:
+                _end_process(self.rank, UNREACHABLE)
+
+    def _failure(self, seen: dict[int, tuple[str, float]]) -> str | None:
+        if self.store.check(["failure"]):
+            return self.store.get("failure").decode()
+        now = time.monotonic()
+        for rank, (last, since) in seen.items():
+            beat = self._beat(rank)
+            if beat != last:
+                seen[rank] = (beat, now)
+            elif beat != "done" and now - since > DEAD_AFTER_SECONDS:
+                host = beat.partition("@")[2] or "unknown"
+                return f"rank {rank} (host {host}) has given no sign of life for {now - since:.0f} s"
+        return None
+
+    def _beat(self, rank: int) -> str:
+        return self.store.get(f"beat{rank}").decode() if self.store.check([f"beat{rank}"]) else ""
+
+    def report(self, error: BaseException) -> None:
+        """Tells the other ranks that this one fails, and stays until they have heard of it."""
+        text = f"rank {self.rank} (host {self.host}) failed: {type(error).__name__}: {error}"
+        if _lost_contact(error):
+            # This rank saw a connection close. Its monitor finds out whose, names it and ends the process.
+            print(f"rank {self.rank}: lost contact with another rank; finding out which", file=sys.stderr, flush=True)
+            self.thread.join(DEAD_AFTER_SECONDS + 5 * BEAT_SECONDS)
+        with contextlib.suppress(Exception):
+            if not isinstance(error, RemoteError) and not self.store.check(["failure"]):
+                self.store.set("failure", text)
+        self.stop()
+        if self.rank == 0:  # it may host the store, and must not take the message away with it
+            end = time.monotonic() + 4 * BEAT_SECONDS
+            with contextlib.suppress(Exception):
+                while time.monotonic() < end and any(self._beat(rank) != "done" for rank in range(1, self.size)):
+                    time.sleep(0.1)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join(2 * BEAT_SECONDS)
+        self._say_end()
+
+    def _say_end(self) -> None:
+        with contextlib.suppress(Exception):
+            self.store.set(f"beat{self.rank}", "done")
+
+
+def _lost_contact(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("connection closed by peer", "connection reset", "gloo", "nccl", "socket timeout")
+    )
+
+
+def _end_process(rank: int, reason: str) -> None:
+    print(f"rank {rank}: ending, because {reason}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,102 @@
+"""From where a training run starts: its own newest checkpoint, another run's, or new weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import blobfile
+import torch
+
+from . import checkpoints
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The files to start from (empty: new weights, EMAs equal to the weights, a fresh optimizer) and the step."""
+
+    step: int = 0
+    samples_seen: int = 0
+    model: str = ""
+    emas: dict[str, str] = field(default_factory=dict)  # by rate
+    optimizer: str = ""
+    continues: bool = False  # the log directory's own run
+
+    def read(self) -> dict[str, Any]:
+        """What is in the files: `model`, `emas` by rate, `optimizer`; None where there is none.
+
+        :raises CheckpointError: one of them is damaged.
+        """
+        return {
+            "model": checkpoints.load_weights(self.model) if self.model else None,
+            "emas": {rate: checkpoints.load_weights(path) for rate, path in self.emas.items()},
+            "optimizer": checkpoints.load(self.optimizer) if self.optimizer else None,
+        }
+
+
+def find_start(
+    logdir: str, resume_checkpoint: str, rates: Sequence[str], *, world_size: int, global_batch: int, log: Log
+) -> Start:
+    """The newest complete checkpoint of the log directory, else `resume_checkpoint`, else new weights; says which.
+
+    A numbered checkpoint continues at its step, with the EMAs and the optimizer that lie beside it; one without a
+    number (model.pt) lends its weights to a new run. Creates nothing.
+    """
+    manifest = checkpoints.newest_complete(logdir, log)
+    if manifest is not None:
+        step = manifest["step"]
+        log(f"continuing this log directory's run at step {step}")
+        if resume_checkpoint and checkpoints.step_of(resume_checkpoint) != step:
+            log(f"note: {resume_checkpoint} is not used any more; give another --logdir to start from it again")
+        if manifest["world_size"] != world_size:
+            log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
+        files = _files_beside(_join(logdir, checkpoints.model_name(step)), step, rates, log)
+        return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, **files)
+    if not resume_checkpoint:
+        log("starting from new weights")
+        return Start()
+    step = checkpoints.step_of(resume_checkpoint)
+    if step is None:
+        log(f"starting a new run from the weights in {resume_checkpoint}")
+        return Start(model=resume_checkpoint)
+    log(f"continuing at step {step} from {resume_checkpoint}")
+    seen = checkpoints.read_manifest(os.path.dirname(resume_checkpoint), step).get("samples_seen", step * global_batch)
+    return Start(step=step, samples_seen=seen, **_files_beside(resume_checkpoint, step, rates, log))
+
+
+def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict[str, Any]:
+    folder = os.path.dirname(model)
+    emas = {rate: _join(folder, checkpoints.ema_name(rate, step)) for rate in rates}
+    optimizer = _join(folder, checkpoints.optimizer_name(step))
+    for rate in [rate for rate, path in emas.items() if not blobfile.exists(path)]:
+        log(f"note: there is no {emas.pop(rate)}; the EMA of rate {rate} starts from the weights")
+    if not blobfile.exists(optimizer):
+        log(f"note: there is no {optimizer}; the optimizer starts fresh")
+        optimizer = ""
+    return {"model": model, "emas": emas, "optimizer": optimizer}
+
+
+def _join(folder: str, name: str) -> str:
+    return blobfile.join(folder, name) if folder else name
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`optimizer.load_state_dict`, with every average in the memory layout of its parameter.
+
+    The fused kernels read both as flat memory: with layouts that differ they would pair the wrong elements.
+    """
+    optimizer.load_state_dict(state)
+    # ZeroRedundancyOptimizer keeps what it works with in an optimizer of its own, and a second copy beside it.
+    sharded = hasattr(optimizer, "optim")
+    if sharded:
+        optimizer.state.clear()
+    for parameter, values in (optimizer.optim if sharded else optimizer).state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            else:  # the step count
+                values[name] = value.to(parameter.device)

@@ -1,0 +1,264 @@
+"""Checkpoint sets: complete or nothing, on disks that fail and under hands that damage."""
+
+import errno
+import json
+import os
+import re
+import resource
+
+import pytest
+import torch
+
+from guided_diffusion import checkpoints
+from guided_diffusion.checkpoints import CheckpointError
+from guided_diffusion.resume import find_start
+
+RATES = ["0.9"]
+
+
+def save(folder, step, size=100, losses=None):
+    """A set whose tensors hold the number of the step; published, as the training loop does it."""
+    contents = {
+        checkpoints.model_name(step): lambda: {"w": torch.full((size,), float(step))},
+        checkpoints.ema_name("0.9", step): lambda: {"w": torch.full((size,), -float(step))},
+        checkpoints.optimizer_name(step): lambda: {"state": {}},
+    }
+    manifest = {"samples_seen": 4 * step, "world_size": 1, "validation_loss": losses or {}}
+    checkpoints.save_set(str(folder), step, contents, manifest)
+    return checkpoints.publish_set(str(folder), step, RATES, losses or {})
+
+
+def newest(folder) -> tuple[int | None, list[str]]:
+    warnings: list[str] = []
+    manifest = checkpoints.newest_complete(str(folder), warnings.append)
+    return manifest and manifest["step"], warnings
+
+
+def value(path) -> float:
+    return float(checkpoints.load_weights(str(path))["w"][0])
+
+
+@pytest.mark.parametrize("step,name", [(10, "model000010.pt"), (1234567, "model1234567.pt")])
+def test_names(step, name):
+    assert checkpoints.model_name(step) == name
+    assert checkpoints.step_of(f"some/where/{name}") == step
+    assert checkpoints.step_of("some/where/model.pt") is None
+
+
+def test_the_newest_set_is_found(tmp_path):
+    assert newest(tmp_path / "nowhere") == (None, [])
+    for step in (5, 10, 1_000_000):  # seven digits sort after six
+        save(tmp_path, step)
+    assert newest(tmp_path) == (1_000_000, [])
+    assert value(tmp_path / "model.pt") == 1_000_000
+    assert not [name for name in os.listdir(tmp_path) if ".tmp" in name]
+
+
+def truncate(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def change_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def scramble(path):
+    path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    "name,harm,said",
+    [
+        ("model000010.pt", truncate, "model000010.pt has .* bytes"),
+        ("ema_0.9_000010.pt", change_a_byte, "content of ema_0.9_000010.pt has changed"),
+        ("opt000010.pt", os.remove, "opt000010.pt is missing"),
+        ("checkpoint000010.json", scramble, "checkpoint000010.json cannot be read"),
+    ],
+)
+def test_a_damaged_set_is_passed_over_by_name(tmp_path, name, harm, said):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    harm(tmp_path / name)
+    step, warnings = newest(tmp_path)
+    assert step == 5
+    assert len(warnings) == 1
+    assert re.search(said, warnings[0])
+
+
+def test_a_set_without_its_manifest_does_not_count(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    os.remove(tmp_path / "checkpoint000010.json")
+    assert newest(tmp_path) == (5, [])
+
+
+def listing(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_disk_that_fills_up_harms_nothing(tmp_path):
+    """The kernel refuses to let a file grow: what it does at the end of a full disk, too."""
+    save(tmp_path, 5)
+    before = listing(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*model000010\.pt.*disk full"):
+            save(tmp_path, 10, size=100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert listing(tmp_path) == before
+    assert newest(tmp_path) == (5, [])
+
+
+@pytest.mark.parametrize("failing_call", range(1, 9))
+def test_a_sync_that_fails_at_any_point_leaves_a_complete_set(tmp_path, monkeypatch, failing_call):
+    save(tmp_path, 5)
+    calls = 0
+    real = os.fsync
+
+    def fsync(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == failing_call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save(tmp_path, 10)
+    step, warnings = newest(tmp_path)
+    assert step == 5
+    assert not warnings
+    assert value(tmp_path / "model.pt") == 5
+    assert not [name for name in os.listdir(tmp_path) if ".tmp" in name]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")  # root may write to any folder, but not into a file
+    with pytest.raises(CheckpointError, match=r"cannot write .*file/config\.json"):
+        checkpoints.write_json(str(tmp_path / "file" / "config.json"), {})
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path):
+    for step, loss in ((5, 0.5), (10, 0.1), (15, 0.3), (20, 0.2)):
+        save(tmp_path, step, losses={"0.9": loss})
+        checkpoints.prune(str(tmp_path), 2, step)
+    kept = sorted(name for name in os.listdir(tmp_path) if name.startswith("model"))
+    assert kept == ["model.pt", "model000015.pt", "model000020.pt"]
+    assert value(tmp_path / "ema_0.9_best.pt") == -10
+    assert value(tmp_path / "model.pt") == 20
+    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 10, "loss": 0.1}}
+
+
+def test_prune_never_trades_a_whole_set_for_a_damaged_one(tmp_path):
+    for step in (5, 10):
+        save(tmp_path, step)
+    truncate(tmp_path / "model000010.pt")
+    save(tmp_path, 7)  # continued at 5, saved at 7
+    checkpoints.prune(str(tmp_path), 1, 7)
+    assert newest(tmp_path)[0] == 7
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_publishing_again_changes_nothing(tmp_path, monkeypatch, links):
+    if not links:  # some file systems have none
+
+        def link(*_):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", link)
+    assert save(tmp_path, 5, losses={"0.9": 1.0}) == ["0.9"]
+    before = listing(tmp_path)
+    assert checkpoints.publish_set(str(tmp_path), 5, RATES, {"0.9": 1.0}) == []
+    assert listing(tmp_path) == before
+
+
+def test_without_a_loss_the_latest_is_the_best_and_nan_never_is(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    assert value(tmp_path / "ema_0.9_best.pt") == -10
+    save(tmp_path, 15, losses={"0.9": 1.0})
+    save(tmp_path, 20, losses={"0.9": float("nan")})
+    assert value(tmp_path / "ema_0.9_best.pt") == -15
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    save(tmp_path, 5)
+    before = listing(tmp_path)
+    (tmp_path / "model000010.pt.tmp4711").write_text("half")
+    checkpoints.remove_leftovers(str(tmp_path))
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / "model.pt"
+    if content == "half":
+        torch.save({"w": torch.zeros(1000)}, path)
+        truncate(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.pt is not a whole checkpoint"):
+        checkpoints.load(str(path))
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was-here"),)
+
+    torch.save({"w": Evil()}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError):
+        checkpoints.load(str(tmp_path / "model.pt"))
+    assert not (tmp_path / "was-here").exists()
+
+
+def test_an_optimizer_file_is_not_taken_for_weights(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"opt000005\.pt does not hold a network's state dict"):
+        checkpoints.load_weights(str(tmp_path / "opt000005.pt"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": 1, "diffusion": {}}'])
+def test_a_config_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is not the config of a training run"):
+        checkpoints.read_config(str(tmp_path / "model.pt"))
+
+
+def start(logdir, resume="", **options):
+    said: list[str] = []
+    options = {"world_size": 1, "global_batch": 4, **options}
+    return find_start(str(logdir), str(resume), RATES, log=said.append, **options), "\n".join(said)
+
+
+def test_where_a_run_starts(tmp_path):
+    own, other = tmp_path / "own", tmp_path / "other"
+    other.mkdir()
+    save(other, 10)
+    found, _ = start(own)
+    assert (found.step, found.model, found.optimizer) == (0, "", "")
+    assert not own.exists()
+    found, said = start(own, other / "model.pt")
+    assert (found.step, found.model, found.optimizer) == (0, str(other / "model.pt"), "")
+    assert "new run" in said
+    found, _ = start(own, other / "model000010.pt")
+    assert (found.step, found.samples_seen, found.continues) == (10, 40, False)
+    assert found.emas == {"0.9": str(other / "ema_0.9_000010.pt")}
+    own.mkdir()
+    save(own, 15)
+    found, said = start(own, other / "model000010.pt", world_size=2)
+    assert (found.step, found.model, found.continues) == (15, str(own / "model000015.pt"), True)
+    assert "is not used any more" in said
+    assert "saved with 1 ranks" in said
+
+
+def test_a_published_checkpoint_without_ema_and_optimizer_lends_what_it_has(tmp_path):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "model000100.pt")
+    found, said = start(tmp_path / "own", tmp_path / "model000100.pt")
+    assert (found.step, found.samples_seen, found.emas, found.optimizer) == (100, 400, {}, "")
+    assert "ema_0.9_000100.pt" in said and "opt000100.pt" in said

@@ -1,0 +1,123 @@
+"""Where figures go."""
+
+import csv
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion.logger import Averages, Logger
+
+
+def opened(folder, step=0, **options) -> Logger:
+    logger = Logger(str(folder), **options)
+    logger.open(step)
+    return logger
+
+
+def read_csv(folder):
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_jsonl(folder):
+    return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+
+
+def test_nothing_is_created_before_it_is_opened(tmp_path):
+    folder = tmp_path / "run"
+    logger = Logger(str(folder))
+    logger.log("said before")
+    assert not folder.exists()
+    logger.open(0)
+    logger.log("said after")
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert [line.split(maxsplit=2)[2] for line in lines] == ["said before", "said after"]
+
+
+def test_an_inactive_logger_does_nothing(tmp_path):
+    logger = opened(tmp_path / "run", active=False)
+    logger.log("x")
+    logger.row({"step": 1})
+    logger.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_figure_becomes_a_column(tmp_path):
+    logger = opened(tmp_path)
+    logger.row({"step": 1, "loss": 0.5})
+    logger.row({"step": 2, "lr": 0.1, "loss": 0.25})
+    logger.row({"step": 3})
+    assert read_csv(tmp_path) == [
+        {"step": "1", "loss": "0.5", "lr": ""},
+        {"step": "2", "loss": "0.25", "lr": "0.1"},
+        {"step": "3", "loss": "", "lr": ""},
+    ]
+    assert read_jsonl(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "lr": 0.1, "loss": 0.25}, {"step": 3}]
+
+
+def test_a_continued_run_drops_the_rows_after_its_checkpoint(tmp_path):
+    logger = opened(tmp_path)
+    for step in (2, 4, 6, 8):
+        logger.row({"step": step, "loss": 1 / step})
+    logger.close()
+    with open(tmp_path / "progress.csv", "a") as file:
+        file.write("1")  # killed while it wrote
+    with open(tmp_path / "progress.jsonl", "a") as file:
+        file.write('{"step": 1, "lo')
+    logger = opened(tmp_path, step=5)
+    for step in (6, 8):
+        logger.row({"step": step, "loss": 1 / step})
+    assert [row["step"] for row in read_csv(tmp_path)] == ["2", "4", "6", "8"]
+    assert [row["step"] for row in read_jsonl(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    logger = opened(tmp_path)
+    logger._rows = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left.*/dev/full"):
+        logger.row({"step": 1})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="the package tensorboard is not installed")
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = opened(tmp_path, tensorboard=True)
+    logger.row({"step": 10, "loss": 0.5})
+    logger.row({"step": 20, "loss": 0.4})
+    logger.image("preview", np.zeros((4, 6, 3), np.uint8), 20)
+    logger.close()
+    logger = opened(tmp_path, step=15, tensorboard=True)  # killed at 20, continued at 15
+    logger.row({"step": 20, "loss": 0.3})
+    logger.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    points = [(event.step, round(event.value, 3)) for event in events.Scalars("loss")]
+    assert points == [(10, 0.5), (20, 0.3)]
+
+
+def test_a_missing_tensorboard_is_said_before_anything_is_created(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        Logger(str(tmp_path / "run"), tensorboard=True)
+
+
+def test_averages_are_means_by_quarter_without_what_is_not_finite():
+    averages = Averages(torch.device("cpu"), 100)
+    t = np.array([0, 24, 25, 60, 99, 99])
+    losses = np.array([1.0, 2.0, 3.0, np.nan, 5.0, 6.0], dtype=np.float32)
+    averages.add(torch.tensor(t[:4]), {"loss": torch.tensor(losses[:4])})
+    averages.add(torch.tensor(t[4:]), {"loss": torch.tensor(losses[4:])})
+    averages.add_scalar("grad_norm", torch.tensor(2.0))
+    averages.add_scalar("grad_norm", torch.tensor(4.0))
+    means = averages.read(lambda tensor: 2 * tensor)  # as two ranks with the same figures: means stay
+    assert means == {
+        "loss": pytest.approx(np.nanmean(losses)),
+        "loss_q0": 1.5,
+        "loss_q1": 3.0,
+        "loss_q3": 5.5,
+        "grad_norm": 3.0,
+    }
+    assert averages.read(lambda tensor: tensor) == {}

@@ -1,0 +1,313 @@
+"""The training loop, one rank, in this process."""
+
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import differing, make_data, make_loop, state_of
+
+from guided_diffusion import checkpoints
+from guided_diffusion.conditioning import drop_layouts, encode_label_map, instance_edges
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+from guided_diffusion.image_datasets import DataError, training_batches
+from guided_diffusion.script_util import ConfigError
+from guided_diffusion.seeding import normals, stable_seed
+from guided_diffusion.spade import LabelLayout, Layout, SPADEGroupNorm
+from guided_diffusion.train_util import TrainingDiverged
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def six_steps(data, tmp_path_factory):
+    """An undisturbed run of six steps; where its files are."""
+    logdir = tmp_path_factory.mktemp("six")
+    make_loop(data, logdir, max_steps=6, save_interval=3).run()
+    return logdir
+
+
+def batch_of(loop):
+    return next(training_batches(loop.dataset, batch_size=loop.config.batch_size, num_workers=0))
+
+
+def poison(loop, steps):
+    """The loss of the steps numbered in `steps` becomes infinite."""
+    compute = loop.diffusion.training_losses
+
+    def training_losses(*args):
+        terms = compute(*args)
+        return {name: value * math.inf for name, value in terms.items()} if loop.step in steps else terms
+
+    loop.diffusion.training_losses = training_losses
+
+
+def snapshot(loop):
+    ema = {f"{rate}/{i}": tensor.clone() for rate, tensors in loop.emas.items() for i, tensor in enumerate(tensors)}
+    return ema | {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+
+
+def test_gradient_of_microbatches_equals_that_of_the_batch(data, tmp_path):
+    gradients = []
+    for microbatch in (-1, 1, 3):
+        loop = make_loop(data, tmp_path, microbatch=microbatch)
+        torch.nn.init.normal_(loop.model.out[2].weight)  # it starts at zero, and lets no gradient through
+        loop.optimizer.step = lambda: None
+        loop.train_step(batch_of(loop))
+        gradients.append({name: p.grad for name, p in loop.model.named_parameters()})
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0].values())
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            # sums in another order: float32 rounding, of gradients that partly cancel
+            torch.testing.assert_close(
+                other[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()) + 1e-6 * largest
+            )
+
+
+def test_half_and_resume_equals_the_whole(data, six_steps, tmp_path):
+    make_loop(data, tmp_path, max_steps=3).run()
+    make_loop(data, tmp_path, max_steps=6).run()
+    assert differing(state_of(six_steps, 6), state_of(tmp_path, 6)) == []
+
+
+def test_half_and_resume_with_history_and_dropout(data, tmp_path):
+    options = dict(
+        schedule_sampler="loss-second-moment",
+        precision="bf16",
+        weight_decay=0.1,
+        model=dict(dropout=0.3),
+        diffusion=dict(diffusion_steps=2, noise_schedule="cosine"),  # so that the history of ten losses is full soon
+        val_images=0,
+    )
+    make_loop(data, tmp_path / "whole", max_steps=12, **options).run()
+    make_loop(data, tmp_path / "half", max_steps=8, **options).run()
+    loop = make_loop(data, tmp_path / "half", max_steps=12, **options)
+    assert (loop.schedule_sampler.counts >= 10).all()
+    loop.run()
+    assert differing(state_of(tmp_path / "whole", 12), state_of(tmp_path / "half", 12)) == []
+
+
+def test_the_loss_scale_survives_a_restart(data, tmp_path):
+    loop = make_loop(data, tmp_path, precision="fp16", val_images=0)
+    loop.trainer.log_loss_scale = 12.5
+    loop.save()
+    assert make_loop(data, tmp_path, precision="fp16").trainer.log_loss_scale == 12.5
+    assert not make_loop(data, tmp_path, precision="bf16").trainer.scaled
+
+
+def test_averages_keep_the_memory_layout_of_their_weights(data, six_steps):
+    """Else the fused kernels would be slow at best."""
+    loop = make_loop(data, six_steps)
+    for index, parameter in enumerate(loop.parameters):
+        expected = parameter.stride()
+        assert all(ema[index].stride() == expected for ema in loop.emas.values())
+        assert loop.optimizer.state[parameter]["exp_avg"].stride() == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, precision):
+    loop = make_loop(data, tmp_path, precision=precision)
+    poison(loop, {0})
+    before = snapshot(loop)
+    loop.train_step(batch_of(loop))
+    assert differing(before, snapshot(loop)) == []
+    assert (loop.step, loop.bad_steps, len(loop.optimizer.state)) == (1, 1, 0)
+    loop.trainer.log_loss_scale = 6.0 if precision == "fp16" else 0.0  # the first scale, 2^20, would be skipped too
+    loop.train_step(batch_of(loop))
+    assert differing(before, snapshot(loop))
+    assert loop.bad_in_a_row == 0
+
+
+def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
+    loop = make_loop(data, tmp_path, max_steps=20, save_interval=2, max_bad_steps=3)
+    poison(loop, {3, 6, 7, 8})  # one alone does no harm
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*at step 9\).*model000008\.pt"):
+        loop.run()
+    assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 8).values())
+    again = make_loop(data, tmp_path)
+    assert (again.bad_steps, again.bad_in_a_row) == (3, 2)  # of the checkpoint of step 8
+
+
+def test_previews_do_not_change_the_training(data, six_steps, tmp_path):
+    make_loop(data, tmp_path, max_steps=6, save_interval=3, sample_interval=2, model=dict(dropout=0.0)).run()
+    assert (tmp_path / "preview_000004.png").stat().st_size > 1000
+    assert differing(state_of(six_steps, 6), state_of(tmp_path, 6)) == []
+
+
+def test_the_validation_loss_is_that_of_the_definition(data, tmp_path):
+    loop = make_loop(data, tmp_path)
+    torch.nn.init.normal_(loop.model.out[2].weight, std=0.01)
+    before = copy.deepcopy(loop.model.state_dict())
+    loss = loop.validation.loss(loop.model, loop._named("0.9"))
+    # The EMA's last layer is zero: so is its prediction, and the error is the noise's mean square.
+    noise = normals([stable_seed("validation", slot) for slot in range(2)], (3, 16, 16))
+    assert loss == pytest.approx(float((noise**2).mean()), rel=1e-6)
+    assert loop.model.training
+    assert all(torch.equal(value, before[name]) for name, value in loop.model.state_dict().items())
+
+
+def test_min_snr_weights():
+    """Equation of section 3.4 of arXiv 2303.09556: min(SNR, 5) for x_0, min(SNR, 5) / SNR for the noise."""
+    betas = get_named_beta_schedule("linear", 1000)
+    alpha_bar = np.cumprod(1 - betas)
+    snr = alpha_bar / (1 - alpha_bar)
+    x_start, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 100, 300, 999])
+    for predict_xstart, expected in ((False, np.minimum(snr, 5) / snr), (True, np.minimum(snr, 5))):
+        diffusion = GaussianDiffusion(betas=betas, predict_xstart=predict_xstart, loss_weighting="min_snr")
+        terms = diffusion.training_losses(lambda x, t: torch.zeros_like(x), x_start, t, noise=noise)
+        error = ((x_start if predict_xstart else noise) ** 2).mean(dim=(1, 2, 3)).double().numpy()
+        np.testing.assert_allclose(terms["loss"], error * expected[t.numpy()], rtol=1e-5)  # float32 tables
+        np.testing.assert_allclose(terms["mse"], error, rtol=1e-5)
+
+
+def test_learning_rate_warms_up_and_anneals(data, tmp_path):
+    loop = make_loop(data, tmp_path, lr=1.0, warmup_steps=4, lr_anneal_steps=20)
+    rates = []
+    for loop.step in range(20):
+        loop._set_learning_rate()
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates[:4], [0.25 * 1.0, 0.5 * 0.95, 0.75 * 0.9, 1.0 * 0.85])
+    np.testing.assert_allclose(rates[4:], 1 - np.arange(4, 20) / 20)
+    assert loop.last_step == 20
+
+
+def test_ema_is_the_running_average(data, tmp_path):
+    loop = make_loop(data, tmp_path)
+    expected = [p.detach().double() for p in loop.parameters]
+    for _ in range(3):
+        loop.train_step(batch_of(loop))
+        expected = [0.99 * e + 0.01 * p.detach().double() for e, p in zip(expected, loop.parameters, strict=True)]
+    for ema, reference in zip(loop.emas["0.99"], expected, strict=True):
+        torch.testing.assert_close(ema.double(), reference, rtol=1e-5, atol=1e-7)  # float32 against float64
+
+
+def test_dropped_layouts_and_timesteps_follow_the_samples_position(data, tmp_path):
+    """Batches of 4 and of 2 see the same timesteps, drops and noise at the same positions."""
+    seen = {}
+    for batch_size in (4, 2):
+        loop = make_loop(data, tmp_path, batch_size=batch_size)
+        compute, record = loop.diffusion.training_losses, []
+
+        def training_losses(network, x_start, t, kwargs, noise, compute=compute, record=record):
+            dropped = (kwargs["y"].y == kwargs["y"].null).all(dim=3).all(dim=2)[:, 0]
+            record += zip(t.tolist(), dropped.tolist(), noise.sum(dim=(1, 2, 3)).tolist(), strict=True)
+            return compute(network, x_start, t, kwargs, noise)
+
+        loop.diffusion.training_losses = training_losses
+        batches = training_batches(loop.dataset, batch_size=batch_size, num_workers=0)
+        while len(record) < 24:
+            loop.train_step(next(batches))
+        seen[batch_size] = record
+    assert seen[4] == seen[2]
+    dropped = np.mean([drop for _, drop, _ in seen[4]])
+    assert 0 < dropped < 0.7  # drop_rate 0.3 of 24: these numbers come with probability over 0.999
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_looked_up_layouts_equal_convolved_ones(edges):
+    """Hidden features and the gradient of their weights, for a map with a dropped sample, at two resolutions."""
+    torch.manual_seed(0)
+    label, instance = torch.randint(0, 5, (3, 1, 8, 12)), torch.randint(0, 3, (3, 1, 8, 12))
+    drop = torch.tensor([False, True, False])
+    y = drop_layouts(encode_label_map(label, instance if edges else None, 5), drop)
+    edge = instance_edges(instance) if edges else None
+    norm = SPADEGroupNorm(32, 5 + edges, 1)
+    for size in ((8, 12), (4, 6)):
+        results = []
+        for layout in (Layout(y), LabelLayout(label, edge, 5, drop, torch.float32)):
+            hidden = layout.hidden(norm, size)
+            (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+            results.append((hidden.detach(), *(p.grad.clone() for p in norm.mlp_shared.parameters())))
+            norm.zero_grad()
+        for convolved, looked_up in zip(*results, strict=True):
+            torch.testing.assert_close(looked_up, convolved, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+def test_rows(data, six_steps):
+    rows = [json.loads(line) for line in (six_steps / "progress.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == [2, 4, 6]
+    assert {"mse", "vb", "grad_norm", "param_norm", "lr", "images_per_second", "samples"} <= training[0].keys()
+    assert [row["step"] for row in rows if "val_loss_0.99" in row] == [3, 6]
+
+
+def test_a_start_that_is_refused_creates_nothing(data, six_steps, tmp_path):
+    logdir = tmp_path / "run"
+    with pytest.raises(checkpoints.CheckpointError, match=r"64 channels|num_channels"):
+        make_loop(data, logdir, model=dict(num_channels=64), resume_checkpoint=str(six_steps / "model.pt"))
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        make_loop(data, logdir, model=dict(channel_mult="1,1,1,1,1,1"))
+    assert not logdir.exists()
+
+
+def test_a_log_directory_that_cannot_be_made_is_named(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(checkpoints.CheckpointError, match=r"cannot write to the log directory .*file/run"):
+        make_loop(data, tmp_path / "file" / "run", max_steps=1).run()
+
+
+def test_a_disk_that_fills_up_during_a_save_ends_the_run_with_the_old_set_whole(data, tmp_path, monkeypatch):
+    loop = make_loop(data, tmp_path, max_steps=4, save_interval=2)
+    real = torch.save
+
+    def save(content, file):
+        if loop.step == 4 and "exp_avg" in str(content)[:2000]:
+            raise OSError(28, "No space left on device")
+        real(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(checkpoints.CheckpointError, match=r"cannot write .*opt000004\.pt.*No space left"):
+        loop.run()
+    assert checkpoints.newest_complete(str(tmp_path), print)["step"] == 2
+    assert not list(tmp_path.glob("*000004*")) and not list(tmp_path.glob("*.tmp*"))
+
+
+def test_fine_tuning_starts_from_the_weights_alone(data, six_steps, tmp_path):
+    loop = make_loop(data, tmp_path, resume_checkpoint=str(six_steps / "model.pt"))
+    assert (loop.step, len(loop.optimizer.state)) == (0, 0)
+    weights = torch.load(six_steps / "model.pt", weights_only=True)
+    assert differing(weights, dict(loop.model.state_dict())) == []
+    assert differing(weights, loop._named("0.99")) == []
+
+
+def test_a_run_that_was_killed_before_publishing_does_so_later(data, six_steps, tmp_path):
+    """Between the manifest and model.pt there is a moment: continuing makes up for what was not done in it."""
+    for path in six_steps.glob("*000003*"):
+        shutil.copy(path, tmp_path)
+    loop = make_loop(data, tmp_path, max_steps=3)
+    loop.run()
+    assert (
+        differing(
+            torch.load(tmp_path / "model.pt", weights_only=True),
+            torch.load(six_steps / "model000003.pt", weights_only=True),
+        )
+        == []
+    )
+    assert (tmp_path / "ema_0.9_best.pt").exists()
+
+
+def test_bad_data_stops_the_run_by_name(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "labels" / "scene3.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"scene3\.png"):
+        make_loop(tmp_path / "data", tmp_path / "run", max_steps=10).run()
+
+
+def test_compiled_training_keeps_the_names_and_the_numbers(data, tmp_path, monkeypatch):
+    """With a backend that runs the traced graphs as they are: generating code for them takes minutes on two cores."""
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compile_with(network, backend="aot_eager"))
+    make_loop(data, tmp_path, max_steps=1, compile=True).run()
+    make_loop(data, tmp_path / "plain", max_steps=1).run()
+    compiled, plain = state_of(tmp_path, 1), state_of(tmp_path / "plain", 1)
+    assert compiled.keys() == plain.keys()
+    for name in plain:
+        if name.startswith("ema_0.99"):
+            # Adam divides by the gradient's own size: a step of 1e-3, of which the average takes a hundredth
+            torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=2e-5)

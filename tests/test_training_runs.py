@@ -1,0 +1,212 @@
+"""Real runs of image_train.py: ranks, kills, signals, refusals. (scripts/kill_test.py does the kills at length.)"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import (
+    ROOT,
+    differing,
+    environment,
+    finish,
+    flags,
+    launch,
+    make_data,
+    make_loop,
+    state_of,
+    train,
+    wait_for,
+)
+
+from guided_diffusion import checkpoints
+from guided_diffusion.dist_util import mpi_available
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from kill_test import run as kill_test
+
+MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+needs_mpi = pytest.mark.skipif(
+    MPIEXEC is None or not mpi_available(), reason="no mpiexec, or no MPI library for mpi4py"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def one_rank(data, tmp_path_factory):
+    """Four steps of one rank with batch 4; checkpoints at steps 2 and 4."""
+    logdir = tmp_path_factory.mktemp("one")
+    make_loop(data, logdir, max_steps=4, save_interval=2).run()
+    return logdir
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, tmp_path_factory):
+    """The same of two ranks with batch 2, started by mpiexec where there is one."""
+    folder = tmp_path_factory.mktemp("two")
+    arguments = flags(data, folder / "run", batch_size=2, max_steps=4, save_interval=2)
+    if MPIEXEC is None or not mpi_available():
+        assert train(arguments, ranks=2) == [0, 0]
+    else:
+        mpiexec(arguments, folder / "log")
+        assert "2 processes (started by mpiexec)" in (folder / "log").read_text()
+    return folder / "run"
+
+
+def mpiexec(arguments: list[str], log: Path) -> None:
+    with open(log, "w") as output:
+        command = [MPIEXEC, "-n", "2", sys.executable, *arguments]
+        assert subprocess.run(command, env=environment(), stdout=output, stderr=output).returncode == 0, log.read_text()
+
+
+def test_two_ranks_equal_one_to_rounding(one_rank, two_ranks):
+    one, two = (
+        [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+        for folder in (one_rank, two_ranks)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert (a["step"], a.get("samples")) == (b["step"], b.get("samples"))
+        assert a.keys() == b.keys()
+        for name in {"loss", "mse", "vb", "grad_norm", "param_norm", "val_loss_0.9"} & a.keys():
+            # Adam divides by the gradient's own size, so rounding moves single weights by a share of lr = 1e-3
+            assert a[name] == pytest.approx(b[name], rel=2e-3), name
+    mean, largest = weight_differences(one_rank, two_ranks, 4)
+    assert mean < 1e-5 and largest < 2e-3  # 4 steps of 1e-3: other samples would differ by 1e-3 in the mean
+
+
+def weight_differences(one: Path, other: Path, step: int) -> tuple[float, float]:
+    a, b = (torch.load(folder / checkpoints.model_name(step), weights_only=True) for folder in (one, other))
+    differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+    return float(differences.mean()), float(differences.max())
+
+
+def test_half_and_resume_equals_the_whole_for_two_ranks_and_sharding_changes_nothing(data, two_ranks, tmp_path):
+    """The first half has the plain optimizer and plain processes, the second the sharded one under torchrun."""
+    arguments = flags(data, tmp_path, batch_size=2, save_interval=2)
+    assert train([*arguments, "--max_steps", "2"], ranks=2) == [0, 0]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, *arguments, "--max_steps", "4", "--shard_optimizer", "True"]
+    assert finish([subprocess.Popen([sys.executable, *command], env=environment())]) == [0]
+    assert "started by torchrun" in (tmp_path / "log.txt").read_text()
+    assert differing(state_of(two_ranks, 4), state_of(tmp_path, 4)) == []
+
+
+def test_another_number_of_ranks_on_resume(data, one_rank, two_ranks, tmp_path):
+    """One rank goes on where two stopped: as if it had been two, to rounding."""
+    for path in two_ranks.glob("*000002*"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(two_ranks / "config.json", tmp_path)
+    make_loop(data, tmp_path, max_steps=4).run()
+    assert "saved with 2 ranks" in (tmp_path / "log.txt").read_text()
+    mean, largest = weight_differences(tmp_path, two_ranks, 4)
+    assert mean < 1e-5 and largest < 2e-3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_at_random_moments(ranks, tmp_path):
+    assert "bit for bit" in kill_test(tmp_path, kills=2, ranks=ranks, seed=ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_in_order(data, tmp_path, number):
+    """SIGTERM to one of two ranks, as a job manager may do it; SIGINT to a single process."""
+    ranks = 2 if number == signal.SIGTERM else 1
+    processes = launch(flags(data, tmp_path / "run", batch_size=2), ranks, tmp_path / "log")
+    wait_for(
+        lambda: (tmp_path / "run" / "progress.jsonl").exists() and (tmp_path / "run/progress.jsonl").stat().st_size
+    )
+    processes[-1].send_signal(number)
+    assert finish(processes) == [0] * ranks
+    assert f"stopped by {number.name}" in (tmp_path / "run" / "log.txt").read_text()
+    manifest = checkpoints.newest_complete(str(tmp_path / "run"), print)
+    assert manifest["step"] > 0
+
+
+@needs_mpi
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_mpiexec_passes_a_signal_on(data, tmp_path, number):
+    command = [MPIEXEC, "-n", "2", sys.executable, *flags(data, tmp_path, batch_size=2)]
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen(command, env=environment(), stdout=output, stderr=output)
+    wait_for(lambda: (tmp_path / "progress.jsonl").exists() and (tmp_path / "progress.jsonl").stat().st_size)
+    process.send_signal(number)
+    finish([process])
+    assert f"stopped by {number.name}" in (tmp_path / "log.txt").read_text(), (tmp_path / "output").read_text()
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_is_killed_is_named_by_the_other(data, tmp_path, dead):
+    processes = launch(flags(data, tmp_path / "run", batch_size=2), 2, tmp_path / "log")
+    wait_for(
+        lambda: (tmp_path / "run" / "progress.jsonl").exists() and (tmp_path / "run/progress.jsonl").stat().st_size
+    )
+    processes[dead].kill()
+    statuses = finish(processes, 60)
+    assert statuses[dead] == -signal.SIGKILL
+    assert statuses[1 - dead] == 1  # -9 would mean: it still hung after a minute
+    said = (tmp_path / f"log.{1 - dead}").read_text()
+    # Rank 0 hosts the store, through which they tell of each other.
+    assert re.search("ending, because " + ("rank 1 .*no sign of life" if dead == 1 else ".*rank 0"), said), said
+
+
+def test_bad_data_on_one_rank_ends_both(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "labels" / "scene3.png").write_bytes(b"no picture")
+    statuses = train(flags(tmp_path / "data", tmp_path / "run", batch_size=2), 2, tmp_path / "log")
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert statuses == [1, 1], said
+    assert all("scene3.png" in text and "Traceback" not in text for text in said), said
+
+
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        (dict(num_classes=7), r"--num_classes 7 contradicts the checkpoint, which was trained with num_classes 4"),
+        (dict(num_channels=64), r"--num_channels 64 contradicts .* num_channels 32"),
+        (dict(no_instance=False), r"--no_instance False contradicts .* no_instance True"),
+        (dict(data_dir="nowhere"), r"nowhere"),
+        (dict(schedule_sampler="x"), r"unknown schedule_sampler 'x'"),
+        (dict(precision="fp64"), r"unknown precision 'fp64'"),
+        (dict(resume_checkpoint="nowhere/model.pt"), r"there is no checkpoint nowhere/model\.pt"),
+    ],
+)
+def test_what_is_refused_is_named_and_leaves_nothing(data, one_rank, tmp_path, settings, said, monkeypatch, capsys):
+    """In this process: the entry point as it is, without the seconds of its start."""
+    import image_train
+
+    settings = {"resume_checkpoint": one_rank / "model.pt", **settings}
+    monkeypatch.setattr(sys, "argv", flags(data, tmp_path / "run", **settings))
+    with pytest.raises(SystemExit) as error:
+        image_train.main()
+    assert re.search(said, str(error.value))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_goes_on_from_model_pt(data, one_rank, tmp_path, monkeypatch):
+    """Train, fine-tune with label drop in a folder of its own, fine-tune again from there; started twice each."""
+    import image_train
+
+    before = one_rank / "model.pt"
+    for name in ("first", "second"):
+        logdir = tmp_path / name
+        for last_step in (1, 2):
+            settings = dict(resume_checkpoint=before, drop_rate=0.2, max_steps=last_step)
+            monkeypatch.setattr(sys, "argv", flags(data, logdir, **settings))
+            image_train.main()
+        text = (logdir / "log.txt").read_text()
+        assert f"starting a new run from the weights in {before}" in text
+        assert "continuing this log directory's run at step 1" in text
+        assert json.loads((logdir / "config.json").read_text())["training"]["drop_rate"] == 0.2
+        before = logdir / "model.pt"
+    assert os.path.samefile(before, tmp_path / "second" / "model000002.pt")
