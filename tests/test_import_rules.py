@@ -26,7 +26,7 @@ ALLOWED = {
     "unet": {"nn", "spade"},
     "gaussian_diffusion": {"nn", "losses", "samplers"},
     "respace": {"gaussian_diffusion"},
-    "script_util": {"gaussian_diffusion", "respace", "unet"},
+    "script_util": {"gaussian_diffusion", "resample", "respace", "unet"},
 }
 PURE = {"nn", "losses", "conditioning", "samplers", "spade", "unet", "gaussian_diffusion", "respace", "resample"}
 IMPURE = {"mpi4py", "PIL", "blobfile", "logging", "torch.distributed", "guided_diffusion.logger"}
