@@ -9,4 +9,4 @@ export PYTHONPATH=$PWD
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python -m pytest tests/test_cuda.py tests/test_golden.py 2>&1 | tail -20
 python benchmarks/sampling.py --device cuda --compile --out "$out"
-python benchmarks/training.py --device cuda --out "$out"
+python benchmarks/training.py --device cuda --out "$out/training_cuda.json"

@@ -24,7 +24,7 @@ GPU = {"CUDA_VISIBLE_DEVICES": "0"}
 )
 def test_golden_numbers(case, dtype, tolerance):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model, diffusion, golden, y = golden_case(case)
+    model, _, golden, y = golden_case(case)
     model.to("cuda", memory_format=torch.channels_last).convert_to(dtype)
     x = normal(f"{case}/x", (2, 3, CASES[case]["height"], CASES[case]["width"])).cuda()
     with torch.inference_mode():
