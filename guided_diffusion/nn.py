@@ -8,7 +8,8 @@ layer casts them to the precision of what flows through it. At inference the net
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,19 +18,32 @@ import torch.nn.functional as F
 NORM_GROUPS = 32
 
 
+def in_precision_of(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """`function(x, weight, bias)`, a convolution or linear map, with all three in the precision of x.
+
+    CPUs have no fast float16 kernels (convolutions run twenty times slower than in float32): there the float16 numbers
+    are multiplied in float32 and only the result is rounded.
+    """
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if x.dtype == torch.float16 and x.device.type == "cpu":
+        return function(x.float(), weight.float(), bias.float(), **options).half()
+    return function(x, weight, bias, **options)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution over [N, C, H, W] in the precision of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+        return in_precision_of(F.conv2d, x, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
 
 class Linear(nn.Linear):
     """A linear map over [..., C] in the precision of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return in_precision_of(F.linear, x, self.weight, self.bias)
 
 
 class PointwiseConv1d(nn.Conv1d):
@@ -43,7 +57,7 @@ class PointwiseConv1d(nn.Conv1d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return F.linear(tokens, self.weight.squeeze(-1).to(tokens.dtype), self.bias.to(tokens.dtype))
+        return in_precision_of(F.linear, tokens, self.weight.squeeze(-1), self.bias)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .nn import NORM_GROUPS, Conv2d, GroupNorm
+from .nn import NORM_GROUPS, Conv2d, GroupNorm, in_precision_of
 
 SPADE_HIDDEN_CHANNELS = 128
 
@@ -158,10 +158,10 @@ class SPADEGroupNorm(nn.Module):
 
     def modulation(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(1 + scale, shift), each [N, C, h, w], from the layout's hidden features; both by one convolution."""
-        weight = torch.cat([self.mlp_gamma.weight, self.mlp_beta.weight]).to(hidden.dtype)
+        weight = torch.cat([self.mlp_gamma.weight, self.mlp_beta.weight])
         # The 1 of (1 + scale) rides on the bias. In float32, so that the sum is rounded only once.
-        bias = torch.cat([self.mlp_gamma.bias + 1.0, self.mlp_beta.bias]).to(hidden.dtype)
-        return F.conv2d(hidden, weight, bias, padding=1).chunk(2, dim=1)
+        bias = torch.cat([self.mlp_gamma.bias.float() + 1.0, self.mlp_beta.bias.float()])
+        return in_precision_of(F.conv2d, hidden, weight, bias, padding=1).chunk(2, dim=1)
 
     def forward(self, x: torch.Tensor, layout: Layout | GuidedLayout) -> torch.Tensor:
         return layout.modulate(self, self.param_free_norm(x))
