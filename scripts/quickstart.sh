@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Trains, fine-tunes and samples SDM on an embedded data set of painted scenes: minutes on two CPU cores.
 # Everything goes to QUICKSTART (default OUTPUT/quickstart). Started again, it goes on where it was.
-# RANKS (2) processes train for STEPS (800) steps.
+# RANKS (2) processes train for STEPS (400) steps.
 source "$(dirname "$0")/common.sh"
 use_environment mpi
 out=${QUICKSTART:-OUTPUT/quickstart}
 ranks=${RANKS:-2}
-steps=${STEPS:-800}
+steps=${STEPS:-400}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread per rank: the ranks are the parallelism
 
 data=$out/data results=$out/results
@@ -20,7 +20,7 @@ fi
 model="--data_dir $data --dataset_mode custom --num_classes 9 --no_instance True --class_cond True --image_size 32
   --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 --num_head_channels 32
   --resblock_updown True --use_scale_shift_norm True --predict_xstart True --learn_sigma False"
-training="--batch_size $((8 / ranks)) --ema_rate 0.98 --save_interval 200 --log_interval 20 --keep_checkpoints 2"
+training="--batch_size $((8 / ranks)) --ema_rate 0.98 --save_interval 100 --log_interval 20 --keep_checkpoints 2"
 
 echo "1/4  training: $out/train"
 mpiexec -n "$ranks" python image_train.py $model $training --logdir "$out/train" --lr 1e-3 --warmup_steps 50 \
