@@ -2,7 +2,15 @@ import pathlib
 
 from setuptools import setup
 
-TEST_PEERS = ["pytorch-fid", "diffusers", "torchmetrics", "scikit-learn", "pycocotools"]
+TEST_PEERS = [
+    "pytorch-fid",
+    "diffusers",
+    "torchmetrics",
+    "scikit-learn",
+    "pycocotools",
+    "cityscapesscripts",
+    "transformers",
+]
 
 setup(
     name="semantic-diffusion-model",
@@ -19,7 +27,7 @@ setup(
         "mpi4py>=4.0",
         "numpy",
         "blobfile>=2.0",
-        "Pillow>=9.5",
+        "Pillow>=10.1",
         "scipy",
         "lpips>=0.1.4",
         "tqdm",

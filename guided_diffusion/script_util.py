@@ -139,7 +139,7 @@ class TrainConfig:
     tensorboard: bool = setting(False, "also write TensorBoard files")
     random_crop: bool = setting(True, "train on random crops; else on centre crops")
     random_flip: bool = setting(True, "mirror half of the training images")
-    scale_jitter: float = setting(0.0, "additional random scaling of training images, as a fraction")
+    scale_jitter: float = setting(0.0, "training images are enlarged by up to this fraction more before the crop")
     class_balance: bool = setting(False, "draw images with rare classes more often")
 
     def ema_rates(self) -> list[str]:
