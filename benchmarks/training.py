@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -139,7 +138,7 @@ def measure_speed(made: dict, device: torch.device, rounds: int) -> dict[str, li
 
 
 def peak_memory(key: str, args: argparse.Namespace, data: Path) -> float:
-    """GiB at the peak of three steps, in a process of its own: of the GPU, or of the process above its start."""
+    """GiB at the peak of two steps, in a process of its own: of the GPU, or of the process above its start."""
     command = [sys.executable, __file__, "--memory_of", key, "--data", str(data), "--device", args.device]
     command += ["--size", args.size, "--batch_size", str(args.batch_size), "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(args.threads))
@@ -150,15 +149,19 @@ def peak_memory(key: str, args: argparse.Namespace, data: Path) -> float:
 
 def print_memory(key: str, args: argparse.Namespace) -> None:
     device = torch.device(args.device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = _peak_resident()
     with tempfile.TemporaryDirectory() as scratch:
         variant = make_variant(key, Path(args.data), args.size, args.batch_size, device, Path(scratch))
-        for _ in range(3):
+        for _ in range(2):  # the second has the optimizer's averages from the start
             variant.step()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _peak_resident() - before
+    print(peak)
+
+
+def _peak_resident() -> float:
+    """GiB. Not getrusage's figure, which a process inherits from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[str, float]:
