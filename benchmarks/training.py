@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,9 +32,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 151
 SIZES = {
+    # the published proportions, at a quarter of the width and the side
     "cpu": dict(
-        image_size=64, num_channels=64, num_res_blocks=1, channel_mult="1,2,3", attention_resolutions="16,32",
-        num_head_channels=64,
+        image_size=64, num_channels=64, num_res_blocks=1, channel_mult="1,1,2,2",
+        attention_resolutions="32,16,8", num_head_channels=64, resblock_updown=True,
     ),
     "published": dict(
         image_size=256, num_channels=256, num_res_blocks=2, channel_mult="1,1,2,2,4,4",
@@ -138,7 +138,7 @@ def measure_speed(made: dict, device: torch.device, rounds: int) -> dict[str, li
 
 
 def peak_memory(key: str, args: argparse.Namespace, data: Path) -> float:
-    """GiB at the peak of three steps, in a process of its own: of the GPU, or of the process above its start."""
+    """GiB at the peak of two steps, in a process of its own: of the GPU, or of the process above its start."""
     command = [sys.executable, __file__, "--memory_of", key, "--data", str(data), "--device", args.device]
     command += ["--size", args.size, "--batch_size", str(args.batch_size), "--threads", str(args.threads)]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(args.threads))
@@ -149,19 +149,23 @@ def peak_memory(key: str, args: argparse.Namespace, data: Path) -> float:
 
 def print_memory(key: str, args: argparse.Namespace) -> None:
     device = torch.device(args.device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = _peak_resident()
     with tempfile.TemporaryDirectory() as scratch:
         variant = make_variant(key, Path(args.data), args.size, args.batch_size, device, Path(scratch))
-        for _ in range(3):
+        for _ in range(2):  # the second has the optimizer's averages from the start
             variant.step()
-    if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**30)
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _peak_resident() - before
+    print(peak)
+
+
+def _peak_resident() -> float:
+    """GiB. Not getrusage's figure, which a process inherits from the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[str, float]:
-    """Images per second of 1 and 2 ranks with the same cores or GPUs-per-rank, at an equal global batch."""
+    """Images per second of 1 and 2 ranks at an equal global batch, each with its own GPU or --threads CPU cores."""
     rates: dict[str, list[float]] = {"1": [], "2": []}
     for repeat in range(2):
         for ranks in (1, 2):
@@ -172,12 +176,17 @@ def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
             )  # fmt: skip
             arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            threads = max(1, args.threads // ranks)
             command = [*launcher, str(ROOT / "image_train.py"), *arguments]
-            subprocess.run(command, check=True, capture_output=True, env=_environment(threads))
+            subprocess.run(command, check=True, capture_output=True, env=_environment(args.threads))
             rows = [json.loads(line) for line in (logdir / "progress.jsonl").read_text().splitlines()]
             rates[str(ranks)].append(rows[-1]["images_per_second"])  # steps 5 to 8: after the warm-up
     return {ranks: max(values) for ranks, values in rates.items()}
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "CPU"
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -228,12 +237,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), help="default: cpu on a CPU, published on a GPU")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=2, help="of one process on a CPU")
+    parser.add_argument("--threads", type=int, default=2, help="CPU cores of each process")
     parser.add_argument(
         "--precisions", default="", help="default: fp32,bf16 on a CPU, where fp16 is slow; all on a GPU"
     )
     parser.add_argument("--only", default="", help="these variants, for example plain,fp32,bf16")
-    parser.add_argument("--ranks", type=int, default=1, help="0: leave out 1 against 2 ranks")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="0: leave out 1 against 2 ranks, for which a machine has too few GPUs"
+    )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_DEVICE.json, .png beside it")
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     parser.add_argument("--data", default="", help=argparse.SUPPRESS)
@@ -272,9 +283,9 @@ def main() -> None:
                 bytes_per_image=sent[key],
             )
         ranks = measure_ranks(args, data, scratch) if args.ranks else {}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
     title = f"Training at {SIZES[args.size]['image_size']} px, {CLASSES} classes, batch {args.batch_size}, on " + (
-        machine if device.type == "cuda" else f"{args.threads} CPU cores"
+        machine if device.type == "cuda" else f"{args.threads} CPU core{'s' * (args.threads > 1)}"
     )
     print(title, table(results, names), sep="\n")
     if ranks:

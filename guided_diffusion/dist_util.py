@@ -259,9 +259,19 @@ def _choose_device(local_rank: int) -> torch.device:
 
 
 def _routable_address() -> str:
-    """An address of this host that other hosts can reach."""
-    address = socket.gethostbyname(socket.gethostname())
-    return _source_address("10.255.255.255") if address.startswith("127.") else address
+    """An address of this host that other hosts can reach: that of its name, else of its way out, else any.
+
+    :raises RuntimeError: it has none but the loopback.
+    """
+    for find in (lambda: socket.gethostbyname(socket.gethostname()), lambda: _source_address("10.255.255.255")):
+        with contextlib.suppress(OSError):
+            address = find()
+            if not address.startswith("127."):
+                return address
+    others = [address for address in _interface_addresses().values() if not address.startswith("127.")]
+    if not others:
+        raise RuntimeError("the ranks are on several hosts, and this one has no network address: set MASTER_ADDR")
+    return others[0]
 
 
 def _source_address(destination: str) -> str:
@@ -272,21 +282,28 @@ def _source_address(destination: str) -> str:
 
 
 def _interface_towards(address: str) -> str | None:
-    """The network interface that leads to `address`; None where it cannot be told (not Linux, no IPv4)."""
+    """The network interface that leads to `address`; None where it cannot be told."""
+    try:
+        source = _source_address(address)
+    except OSError:
+        return None
+    return next((name for name, own in _interface_addresses().items() if own == source), None)
+
+
+def _interface_addresses() -> dict[str, str]:
+    """The IPv4 address of every network interface that has one; empty where it cannot be told (not Linux)."""
     try:
         import fcntl
-
-        source = socket.inet_aton(_source_address(address))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            for _, name in socket.if_nameindex():
-                with contextlib.suppress(OSError):  # an interface without an address
-                    request = struct.pack("256s", name.encode())
-                    # The answer is a struct ifreq: the address lies behind name (16), family (2) and port (2).
-                    if fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24] == source:
-                        return name
-    except (ImportError, OSError):
-        pass
-    return None
+    except ImportError:
+        return {}
+    addresses = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                # A struct ifreq: the address lies behind name (16 bytes), family (2) and port (2).
+                addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
 
 
 def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
