@@ -47,7 +47,10 @@ class World:
     def describe(self) -> str:
         """One line for the log."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return f"{self.size} process{'es' if self.size > 1 else ''} (started by {self.launcher}), rank 0 on {device}"
+        line = f"{self.size} process{'es' if self.size > 1 else ''} (started by {self.launcher}), rank 0 on {device}"
+        if self.launcher == "python" and not mpi_available():
+            line += "; MPI is not installed (pip install mpi4py mpich), so there can be no more"
+        return line
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. A collective."""
@@ -206,6 +209,7 @@ def _setup_mpi() -> World | None:
     local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
     world = World(comm.Get_rank(), comm.Get_size(), local_rank, "mpiexec")
     if world.size == 1:
+        MPI.Finalize()
         return world
     hosts = comm.allgather(socket.gethostname())
     address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(hosts)) == 1 else _routable_address())
@@ -213,6 +217,9 @@ def _setup_mpi() -> World | None:
     if world.is_main:
         store = dist.TCPStore("0.0.0.0", 0, world.size, is_master=True, wait_for_workers=False)
     address, port = comm.bcast((address, store.port if store is not None else None))
+    # MPI has introduced the ranks; its part is over. Finalized at exit instead, a failing rank would wait there for one
+    # that is gone; and the loader's workers are forks, which MPI does not like.
+    MPI.Finalize()
     return _connect(world, address, port, store=store)
 
 
