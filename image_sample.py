@@ -59,6 +59,7 @@ def main() -> None:
             num_classes=pipeline.model_config.num_classes,
             use_instances=not pipeline.model_config.no_instance,
             labels_dir=config.labels_dir or None,
+            training=False,
         )
         if dataset.has_instances == pipeline.model_config.no_instance:
             raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")

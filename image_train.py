@@ -75,7 +75,7 @@ def open_splits(data: DataConfig, config: TrainConfig, model: ModelConfig):
         num_classes=model.num_classes,
         use_instances=not model.no_instance,
         seed=config.seed,
-        skip_bad=data.skip_bad,
+        skip_bad=config.skip_bad,
     )
     dataset = open_dataset(
         split="train",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -155,13 +156,14 @@ def publish_set(folder: str, step: int, rates: Sequence[str], losses: dict[str, 
     best = _read_json(path)
     updated = []
     for rate in rates:
-        before = best.get(rate, {}).get("loss")
-        loss = losses.get(rate)
-        # not >=: a loss that is not a number is no improvement
-        if before is not None and (loss is None or not loss < before):
+        before, loss = best.get(rate, {}).get("loss"), losses.get(rate)
+        if loss is not None and not math.isfinite(loss):
+            loss = math.inf  # worse than any, but better than no file at all
+        # Without a loss the latest counts as the best.
+        if loss is not None and rate in best and loss >= (math.inf if before is None else before):
             continue
         publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
-        best[rate] = {"step": step, "loss": loss}
+        best[rate] = {"step": step, "loss": loss if loss is not None and math.isfinite(loss) else None}
         updated.append(rate)
     if updated:
         write_json(path, best)
@@ -200,7 +202,7 @@ def prune(folder: str, keep: int, newest: int) -> None:
 def remove_leftovers(folder: str) -> None:
     """Removes the temporary files of writers that were killed; a folder that is not there has none."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if re.search(r"\.tmp\d+$", name):
+        if re.search(r"\.tmp\d+$|^\..*\.part$", name):  # those of atomic_write and of save_png
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, name))
 

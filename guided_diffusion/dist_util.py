@@ -14,8 +14,9 @@ import socket
 import struct
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from .rank_monitor import RankMonitor, RemoteError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)  # a save or a validation on one rank may keep the others waiting
+CONTROL_TIMEOUT = datetime.timedelta(days=7)
 SIOCGIFADDR = 0x8915  # the request "address of an interface", of Linux
 MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_RANK")
 
@@ -150,9 +152,20 @@ def report_errors(world: World, expected: tuple[type[Exception], ...]) -> Iterat
         with world.guard():
             yield
     except RemoteError as error:
-        sys.exit(f"rank {world.rank}: ending, because {error}")
+        _fail(world, f"rank {world.rank}: ending, because {error}")
     except expected as error:
-        sys.exit(f"error: {error}")
+        _fail(world, f"error: {error}")
+    except Exception as error:
+        _fail(world, "".join(traceback.format_exception(error)))
+
+
+def _fail(world: World, message: str) -> NoReturn:
+    """Ends with exit status 1; one of several ranks at once, since an orderly end would wait for the others."""
+    if world.size == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def setup() -> World:
@@ -241,11 +254,26 @@ def _connect(world: World, address: str, port: int, *, store: dist.Store | None 
         world_size=world.size,
         timeout=COLLECTIVE_TIMEOUT,
     )
-    world._control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    # The monitor notices a dead rank; a slow one (sampling, validating) may keep the others waiting for long.
+    world._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     # A client of its own: the monitor's thread must never wait for a lock that the main thread holds.
     client = dist.TCPStore(address, port, world.size, is_master=False, wait_for_workers=False)
+    _check_gpus(world)
     world._monitor = RankMonitor(dist.PrefixStore(f"monitor{attempt}", client), world.rank, world.size)
     return world
+
+
+def _check_gpus(world: World) -> None:
+    """:raises RuntimeError: two ranks have come to the same GPU. A collective."""
+    if world.device.type != "cuda":
+        return
+    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(world.device).uuid))
+    others = world.gather(mine)
+    if len(set(others)) < len(others):
+        raise RuntimeError(
+            f"{len(others)} ranks share {len(set(others))} GPUs: start as many ranks per host as there are GPUs "
+            "(mpiexec -n), or hide the GPUs with CUDA_VISIBLE_DEVICES='' to run on the CPU"
+        )
 
 
 def _choose_device(local_rank: int) -> torch.device:

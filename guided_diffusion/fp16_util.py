@@ -78,8 +78,8 @@ class MixedPrecisionTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, float]:
-        return {"log_loss_scale": self.log_loss_scale}
+        return {"log_loss_scale": self.log_loss_scale, "scaled": self.scaled}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        if self.scaled and state["log_loss_scale"] > 0:  # a run that changes to fp16 starts with the initial scale
+        if self.scaled and state["scaled"]:  # a run that changes to fp16 starts with the initial scale
             self.log_loss_scale = float(state["log_loss_scale"])

@@ -151,7 +151,8 @@ class GaussianDiffusion:
         timesteps = self.model_timesteps(t)
         y = arguments.get("y")
         if scale <= 1.0:
-            arguments["y"] = getattr(y, "conditional", y)
+            if y is not None:
+                arguments["y"] = getattr(y, "conditional", y)
             return model(x, timesteps, **arguments)
         if isinstance(y, torch.Tensor) and hasattr(model, "guided_layout"):
             arguments["y"] = model.guided_layout(y)
@@ -209,13 +210,35 @@ class GaussianDiffusion:
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def p_sample_loop(self, model: Model, shape: tuple[int, ...], **kwargs: Any) -> torch.Tensor:
-        """Ancestral sampling, all T steps; arguments as `sample_loop_progressive`. Returns x_0 [N, C, H, W]."""
-        return self._last(self.sample_loop_progressive(model, shape, sampler="ddpm", **kwargs))
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        cond_fn: None = None,
+        model_kwargs: ModelArguments | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Ancestral sampling, all T steps, with the traditional arguments. Returns x_0 [N, C, H, W].
 
-    def ddim_sample_loop(self, model: Model, shape: tuple[int, ...], eta: float = 0.0, **kwargs: Any) -> torch.Tensor:
-        """DDIM sampling, all T steps; arguments as `sample_loop_progressive`. Returns x_0 [N, C, H, W]."""
-        return self._last(self.sample_loop_progressive(model, shape, sampler="ddim", eta=eta, **kwargs))
+        :raises ValueError: a `cond_fn`: SDM is guided by its layout, not by a classifier.
+        """
+        if cond_fn is not None:
+            raise ValueError("cond_fn: there is no classifier guidance here; SDM takes model_kwargs=dict(y=y, s=1.5)")
+        kwargs = {"sampler": "ddpm", "clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **kwargs}
+        kwargs |= {"model_kwargs": model_kwargs, "progress": progress}
+        sample = None
+        for step in self.sample_loop_progressive(model, shape, noise, device, **kwargs):
+            sample = step["sample"]
+        return sample
+
+    def ddim_sample_loop(self, *args: Any, eta: float = 0.0, **kwargs: Any) -> torch.Tensor:
+        """DDIM sampling, all T steps; arguments as `p_sample_loop`. Returns x_0 [N, C, H, W]."""
+        return self.p_sample_loop(*args, sampler="ddim", eta=eta, **kwargs)
 
     def sample_loop_progressive(
         self,
@@ -233,13 +256,6 @@ class GaussianDiffusion:
                 device = next((p.device for p in parameters), torch.device("cpu"))
             noise = torch.randn(*shape, device=device)
         return samplers.sample_loop(self, model, noise, **kwargs)
-
-    @staticmethod
-    def _last(steps: Iterator[dict[str, torch.Tensor]]) -> torch.Tensor:
-        sample = None
-        for step in steps:
-            sample = step["sample"]
-        return sample
 
     # -- training -----------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,7 @@ def open_dataset(
     seed: int = 0,
     labels_dir: str | os.PathLike | None = None,
     skip_bad: bool = False,
+    training: bool | None = None,
 ) -> LayoutDataset:
     """A split of a data set in one of the modes of `dataset_specs.DATASET_MODES`.
 
@@ -181,7 +182,7 @@ def open_dataset(
         spec,
         items,
         image_size,
-        training=split == "train" and labels_dir is None,
+        training=(split == "train" if training is None else training) and labels_dir is None,
         random_crop=random_crop,
         random_flip=random_flip,
         scale_jitter=scale_jitter,

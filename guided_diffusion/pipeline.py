@@ -83,6 +83,7 @@ class SDMPipeline:
         keep_modulations: str = "auto",
         compile: bool = False,
     ):
+        keep_modulations = str(keep_modulations).lower()  # True and False are welcome
         if keep_modulations not in KEEP_CHOICES:
             raise ConfigError(f"keep_modulations must be {', '.join(KEEP_CHOICES)}; got {keep_modulations!r}")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -153,6 +154,10 @@ class SDMPipeline:
         :param sampling: fields of `Sampling`: s, sampler, num_steps, ...
         :raises ValueError: ids or sizes that do not fit, naming them.
         """
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1; got {samples}")
+        if sampling.get("timestep_respacing") and "num_steps" not in sampling:
+            sampling["num_steps"] = 0
         label = self._read_map(label_map, "label map")
         if label.max() >= self.model_config.num_classes or label.min() < 0:
             raise ValueError(
@@ -252,9 +257,11 @@ class SDMPipeline:
             with Image.open(source) as picture:
                 source = np.asarray(picture)
         ids = np.asarray(source)
-        if ids.ndim != 2:
-            raise ValueError(f"the {kind} must be ids [H, W], one per pixel; got an array of shape {list(ids.shape)}")
-        return torch.from_numpy(ids.astype(np.int32))[None, None]
+        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iub":
+            raise ValueError(
+                f"the {kind} must be whole ids [H, W], one per pixel; got {ids.dtype} of shape {list(ids.shape)}"
+            )
+        return torch.from_numpy(ids.astype(np.int64))[None, None]
 
 
 def image_seed(seed: int, name: str, index: int) -> int:

@@ -54,7 +54,7 @@ class LossSecondMomentSampler(ScheduleSampler):
     def probabilities(self) -> np.ndarray:
         if (self.counts < self.losses.shape[1]).any():
             return super().probabilities()
-        weights = np.sqrt((self.losses**2).mean(axis=1))
+        weights = np.sqrt((self.losses**2).mean(axis=1)) + 1e-12  # all zero: uniform
         weights /= weights.sum()
         return weights * (1 - self.uniform_share) + self.uniform_share / self.num_timesteps
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +21,7 @@ from .image_datasets import LayoutDataset, sampling_batches
 from .image_transforms import read_label
 from .pictures import colorize, contact_sheet, save_png
 from .pipeline import Sampling, SDMPipeline, image_seed
-from .script_util import ConfigError, SampleConfig
+from .script_util import ConfigError, SampleConfig, binding_settings
 
 OVERVIEW_ROWS = 8
 OVERVIEW_SAMPLES = 4
@@ -69,10 +70,10 @@ class SampleRun:
         self.record, self.num_workers, self.world, self.log = record, num_workers, world, log
         self.folder = config.results_path
         self.layouts = min(config.num_samples, len(dataset))
-        several = config.samples_per_layout > 1
+        self.several = config.samples_per_layout > 1
         digits = max(2, len(str(config.samples_per_layout - 1)))
         self.sample_folders = [
-            f"samples_{i:0{digits}d}" if several else "samples" for i in range(config.samples_per_layout)
+            f"samples_{i:0{digits}d}" if self.several else "samples" for i in range(config.samples_per_layout)
         ]
 
     def run(self) -> None:
@@ -81,7 +82,7 @@ class SampleRun:
         :raises ConfigError: the folder holds images made in another way. :raises DataError: a bad label map.
         :raises CheckpointError: the folder cannot be written.
         """
-        todo = self.world.on_main(self._prepare)
+        todo, inputs = self.world.on_main(self._prepare)
         count = sum(len(indices) for indices in todo.values())
         self.log(
             f"{count} images to make of {self.layouts} layouts"
@@ -102,8 +103,9 @@ class SampleRun:
         )
         with bar:
             done = 0
-            for pairs in batches:
-                self._make(pairs, bar.update)
+            self._restore_inputs(inputs[self.world.rank :: self.world.size])
+            for pairs, batch in zip(batches, self._read(batches), strict=True):
+                self._make(pairs, batch, bar.update)
                 done += len(pairs)
                 bar.set_postfix_str(f"{done} of {sum(map(len, batches))} images of this rank", refresh=False)
         self.world.barrier()
@@ -112,8 +114,9 @@ class SampleRun:
 
     # -- before -------------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> dict[int, list[int]]:
-        """Checks the folder and the layouts; the samples to make, by layout. On rank 0."""
+    def _prepare(self) -> tuple[dict[int, list[int]], list[int]]:
+        """Checks the folder and the layouts. Returns the samples to make, by layout, and the layouts whose samples are
+        there but whose label map or photograph is not. On rank 0."""
         for name in ("images", "labels", *self.sample_folders):
             if name != "images" or self.dataset.has_images:
                 path = os.path.join(self.folder, name)
@@ -135,15 +138,29 @@ class SampleRun:
             if missing:
                 todo[layout] = missing
         self._check_layouts(list(todo))
+        if self.config.overwrite:  # all of them: what remains must not pass for having been made with these settings
+            for path in glob.glob(os.path.join(glob.escape(self.folder), "samples*", "*.png")):
+                os.remove(path)
         checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
-        return todo
+        kinds = ["labels", *(["images"] if self.dataset.has_images else [])]
+        inputs = [
+            layout
+            for layout, name in enumerate(self.dataset.names[: self.layouts])
+            if layout not in todo and not all(os.path.exists(self._path(kind, name)) for kind in kinds)
+        ]
+        return todo, inputs
 
     def _check_record(self) -> None:
         path = os.path.join(self.folder, "sampling.json")
         if self.config.overwrite or not os.path.exists(path):
             return
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)["images"]
+        try:
+            with open(path, encoding="utf-8") as file:
+                before = dict(json.load(file)["images"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is damaged ({type(error).__name__}: {error}); --overwrite True makes the images again"
+            ) from error
         now = json.loads(json.dumps(self.record["images"]))
         differences = [
             f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in now if before.get(key) != now[key]
@@ -168,8 +185,9 @@ class SampleRun:
         """(layout, sample index) pairs, a batch at a time. Several samples of one layout share a batch, and so what
         was computed for the layout."""
         size = self.config.batch_size
-        if len(self.sample_folders) == 1:
+        if not self.several:
             pairs = [(layout, index) for layout, indices in todo.items() for index in indices]
+            size = max(1, min(size, -(-len(pairs) // self.world.size)))  # no rank is left without work
             return [pairs[first : first + size] for first in range(0, len(pairs), size)]
         return [
             [(layout, index) for index in indices[first : first + size]]
@@ -179,11 +197,18 @@ class SampleRun:
 
     # -- making -------------------------------------------------------------------------------------------------------
 
-    def _make(self, pairs: list[tuple[int, int]], on_step: Callable[[], Any]) -> None:
-        layouts = list(dict.fromkeys(layout for layout, _ in pairs))  # either all different, or one
-        batch = next(iter(sampling_batches(self.dataset, layouts, len(layouts))))
-        for row, name in enumerate(batch["name"]):
-            self._save_inputs(name, {key: value[row] for key, value in batch.items() if key != "name"})
+    def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[dict[str, Any]]:
+        """The layouts of each batch: all different ones, or the one that several samples share."""
+        layouts = [pair[0] for pairs in batches for pair in (pairs[:1] if self.several else pairs)]
+        size = 1 if self.several or not batches else len(batches[0])
+        return sampling_batches(self.dataset, layouts, size, self.num_workers)
+
+    def _restore_inputs(self, layouts: list[int]) -> None:
+        for batch in sampling_batches(self.dataset, layouts, 1):
+            self._save_inputs(batch)
+
+    def _make(self, pairs: list[tuple[int, int]], batch: dict[str, Any], on_step: Callable[[], Any]) -> None:
+        self._save_inputs(batch)
         pictures = self.pipeline.generate(
             batch["label"],
             batch.get("instance"),
@@ -194,11 +219,12 @@ class SampleRun:
         for (layout, index), picture in zip(pairs, pictures, strict=True):
             self._save(picture, self.sample_folders[index], self.dataset.names[layout])
 
-    def _save_inputs(self, name: str, item: dict[str, torch.Tensor]) -> None:
-        if "image" in item:
-            self._save(item["image"].permute(1, 2, 0).numpy(), "images", name)
-        ids = item["label"][0].numpy()
-        self._save(ids if ids.dtype == np.uint8 else ids.astype(np.uint16), "labels", name)
+    def _save_inputs(self, batch: dict[str, Any]) -> None:
+        for row, name in enumerate(batch["name"]):
+            if "image" in batch:
+                self._save(batch["image"][row].permute(1, 2, 0).numpy(), "images", name)
+            ids = batch["label"][row, 0].numpy()
+            self._save(ids if ids.dtype == np.uint8 else ids.astype(np.uint16), "labels", name)
 
     def _save(self, picture: np.ndarray, folder: str, name: str) -> None:
         path = self._path(folder, name)
@@ -244,14 +270,18 @@ def sampling_record(
     config: SampleConfig, sampling: Sampling, pipeline: SDMPipeline, data: dict[str, Any], precision: str
 ) -> dict[str, Any]:
     """What sampling.json holds: under `images` all that decides an image, under `run` the rest."""
+    layouts = {"labels_dir": config.labels_dir} if config.labels_dir else {"data_dir": data["data_dir"]}
+    layouts |= {} if config.labels_dir else {"split": config.split}
     return {
         "images": {
             "model_sha256": checkpoints.file_hash(config.model_path),
             "seed": config.seed,
             "precision": precision,
             **dataclasses.asdict(sampling),
-            "image_size": pipeline.model_config.image_size,
             "dataset_mode": data["dataset_mode"],
+            **layouts,
+            **binding_settings(pipeline.model_config),
+            **binding_settings(pipeline.diffusion_config),
         },
         "run": {
             "settings": dataclasses.asdict(config),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -101,7 +102,6 @@ class DataConfig:
     data_dir: str = setting("", "folder (or gs://, az://, https:// address) of the data set")
     dataset_mode: str = setting("ade20k", "ade20k, cityscapes, celeba, coco or custom")
     num_workers: int = setting(2, "loader processes per rank")
-    skip_bad: bool = setting(False, "pass over unreadable files, counting them, instead of stopping")
 
 
 @dataclass
@@ -140,11 +140,14 @@ class TrainConfig:
     random_crop: bool = setting(True, "train on random crops; else on centre crops")
     random_flip: bool = setting(True, "mirror half of the training images")
     scale_jitter: float = setting(0.0, "training images are enlarged by up to this fraction more before the crop")
+    skip_bad: bool = setting(False, "pass over unreadable files, counting them, instead of stopping")
     class_balance: bool = setting(False, "draw images with rare classes more often")
 
     def ema_rates(self) -> list[str]:
         """The rates as they were written: they are part of file names."""
         rates = [rate.strip() for rate in self.ema_rate.split(",")]
+        if not self.ema_rate.strip() or len(set(rates)) < len(rates):
+            raise ConfigError(f"ema_rate {self.ema_rate!r} must be one or more different rates, as 0.999,0.9999")
         for rate, value in zip(rates, _numbers("ema_rate", self.ema_rate, float), strict=True):
             if not 0 <= value < 1:
                 raise ConfigError(f"ema_rate {rate} is not in [0, 1)")
@@ -165,6 +168,8 @@ class TrainConfig:
             raise ConfigError(
                 f"unknown schedule_sampler {self.schedule_sampler!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}"
             )
+        if self.seed < 0 or not 0 <= self.scale_jitter < math.inf:
+            raise ConfigError(f"seed ({self.seed}) and scale_jitter ({self.scale_jitter}) must not be negative")
         if not 0 <= self.drop_rate <= 1:
             raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
         if self.microbatch == 0 or self.microbatch < -1:
@@ -200,6 +205,10 @@ class SampleConfig:
 
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
+        if not math.isfinite(self.s):
+            raise ConfigError(f"s must be a number; got {self.s}")
+        if not self.results_path:
+            raise ConfigError("results_path is empty; name a folder for the results")
         if not self.model_path:
             raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
         for name in ("num_samples", "samples_per_layout", "batch_size"):
@@ -265,6 +274,11 @@ def build_config(
                     f"{getattr(before, name)!r} ({source}); leave the flag out, or choose another checkpoint"
                 )
     return config
+
+
+def binding_settings(config: Any) -> dict[str, Any]:
+    """The settings that a checkpoint is bound to, by name."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["binding"]}
 
 
 def _comparable(config: Any, name: str) -> Any:

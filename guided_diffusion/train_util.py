@@ -167,6 +167,8 @@ class TrainLoop:
                 f"{self.start.optimizer} does not fit the network that the flags describe ({error}); "
                 "start from model.pt instead, which needs no optimizer"
             ) from error
+        for group in self.optimizer.param_groups:  # the flag counts, not what it was when saved
+            group["weight_decay"] = self.config.weight_decay
         if trainer is not None:
             self.trainer.load_state_dict(trainer["precision"])
             history = {name: value.numpy() for name, value in trainer["schedule_sampler"].items()}
@@ -200,6 +202,8 @@ class TrainLoop:
         self.world.on_main(self._open_log_directory)
         if self.last_step and self.step >= self.last_step:
             self.logger.log(f"nothing to do: step {self.step} of {self.last_step} is reached")
+            if self.saved_step is None:  # started from elsewhere: what comes next looks here
+                self.save()
             return
         weights: np.ndarray | bool = False
         if self.config.class_balance:

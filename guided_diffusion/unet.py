@@ -194,6 +194,8 @@ class UNetModel(nn.Module):
         self.layout_channels = layout_channels
         self.total_downsampling = 2 ** (len(channel_mult) - 1)
         self.dtype = torch.float32
+        if num_res_blocks < 1 or min(channel_mult) <= 0:
+            raise ValueError(f"num_res_blocks ({num_res_blocks}) and channel_mult {channel_mult} must be positive")
         emb_channels = 4 * model_channels
         widths = [int(mult * model_channels) for mult in channel_mult]
 
@@ -210,9 +212,11 @@ class UNetModel(nn.Module):
 
         def attention(channels: int, heads: int) -> AttentionBlock:
             if num_head_channels != -1:
-                if channels % num_head_channels:
+                if num_head_channels < 1 or channels % num_head_channels:
                     raise ValueError(f"num_head_channels={num_head_channels} does not divide the width {channels}")
                 heads = channels // num_head_channels
+            elif heads < 1 or channels % heads:
+                raise ValueError(f"{heads} attention heads do not divide the width {channels}")
             return AttentionBlock(channels, heads, use_checkpoint=use_checkpoint, new_order=use_new_attention_order)
 
         self.time_embed = nn.Sequential(

@@ -5,7 +5,8 @@
 source "$(dirname "$0")/common.sh"
 use_environment mpi
 out=${QUICKSTART:-OUTPUT/quickstart}
-ranks=${RANKS:-2}
+# one rank per GPU; without a GPU, two on the CPU
+ranks=${RANKS:-$(python -c "import torch; print(torch.cuda.device_count() or 2)")}
 steps=${STEPS:-400}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread per rank: the ranks are the parallelism
 

@@ -1,7 +1,7 @@
 # Sourced by ade20k.sh, cityscapes.sh, celeba.sh and coco.sh: the published settings, and the four stages.
 # usage: bash scripts/ade20k.sh [train|finetune|sample|evaluate|all]      default: all
-# Overridable from the environment: RANKS (8), DATA, OUTPUT, RESULTS, TRAIN_STEPS, FINETUNE_STEPS, NUM_SAMPLES, EXTRA
-# (flags added to every stage, for example EXTRA="--precision bf16").
+# Overridable from the environment: RANKS (8), DATA, OUTPUT, RESULTS, TRAIN_STEPS, FINETUNE_STEPS, NUM_SAMPLES,
+# PRECISION (fp16), EXTRA (flags added to every stage of training and sampling).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +17,7 @@ EXTRA=${EXTRA:-}
 
 model="--data_dir $DATA --dataset_mode $name --image_size 256 --num_classes $classes --no_instance $no_instance
   --class_cond True --attention_resolutions 32,16,8 --diffusion_steps 1000 --learn_sigma True --noise_schedule linear
-  --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True --use_fp16 True
+  --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True --precision ${PRECISION:-fp16}
   --use_scale_shift_norm True"
 
 train() {

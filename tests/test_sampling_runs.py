@@ -71,8 +71,10 @@ def test_a_run_goes_on_where_it_stopped(root, two_ranks):
     before = {name: (samples / f"{name}.png").read_bytes() for name in ("scene1", "scene3")}
     kept = (samples / "scene0.png").stat().st_mtime_ns
     (samples / "scene1.png").unlink()
-    (samples / "scene3.png").rename(samples / "scene3.png.tmp123")  # as a killed writer leaves it
+    (samples / "scene3.png").rename(samples / ".scene3.png.abc1.part")  # as a killed writer leaves it
+    (root / "again" / "labels" / "scene0.png").unlink()
     result = sample(root, "again", "--batch_size", "1")
+    assert (root / "again" / "labels" / "scene0.png").exists()
     assert "2 images to make" in result.stdout, result.stdout
     assert (samples / "scene0.png").stat().st_mtime_ns == kept
     assert sorted(os.listdir(samples)) == [f"scene{i}.png" for i in range(LAYOUTS)]
@@ -89,6 +91,23 @@ def test_two_configurations_do_not_mix(root, two_ranks):
     assert result.returncode == 1
     assert "s: 1.5 there, 2.0 now" in result.stdout and "seed: 0 there, 3 now" in result.stdout
     assert "--overwrite" in result.stdout and "Traceback" not in result.stdout
+    result = sample(root, "two", "--split", "train")
+    assert result.returncode == 1 and "split: 'val' there, 'train' now" in result.stdout
+
+
+def test_the_training_split_is_sampled_whole(root):
+    """Without the crops and flips of training."""
+    assert sample(root, "train_split", "--split", "train").returncode == 0
+    for i in range(2):
+        source = Image.open(root / "data" / "train" / "labels" / f"scene{i}.png").resize((16, 16), Image.NEAREST)
+        assert np.array_equal(source, Image.open(root / "train_split" / "labels" / f"scene{i}.png"))
+
+
+def test_a_part_made_anew_leaves_no_old_pictures(root, two_ranks):
+    shutil.copytree(root / "two", root / "partly")
+    anew = ("--seed", "7", "--overwrite", "True")
+    assert sample(root, "partly", "--num_samples", "1", *anew).returncode == 0
+    assert "4 images to make" in sample(root, "partly", "--seed", "7").stdout
 
 
 def test_several_samples_of_a_layout(root, two_ranks):
