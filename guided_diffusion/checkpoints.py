@@ -17,8 +17,9 @@ import os
 import pickle
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import blobfile
 import torch
@@ -197,6 +198,33 @@ def prune(folder: str, keep: int, newest: int) -> None:
         for path in (manifest, *(os.path.join(folder, name) for name in names)):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
+
+
+def lock(folder: str) -> IO[str] | None:
+    """Takes the folder for this process, as long as the returned file is open; None where locks are not to be had.
+
+    :raises CheckpointError: another process has it; the message names that process.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 - it stays open
+    try:
+        # A record lock is the process's own: workers that outlive a killed run do not hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise CheckpointError(
+            f"{folder} is in use by another training ({file.read().strip() or 'unknown'}): stop it, or give another "
+            "--logdir"
+        ) from error
+    except OSError:  # a file system without locks
+        return None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def remove_leftovers(folder: str) -> None:

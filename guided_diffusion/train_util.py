@@ -179,6 +179,8 @@ class TrainLoop:
     def _open_log_directory(self) -> None:
         """Everything that could be refused has been checked: from here on there are files. On rank 0."""
         try:
+            os.makedirs(self.logdir, exist_ok=True)
+            self._lock = checkpoints.lock(self.logdir)
             checkpoints.remove_leftovers(self.logdir)
             self.logger.open(self.step)
         except OSError as error:

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -262,3 +264,21 @@ def test_a_published_checkpoint_without_ema_and_optimizer_lends_what_it_has(tmp_
     found, said = start(tmp_path / "own", tmp_path / "model000100.pt")
     assert (found.step, found.samples_seen, found.emas, found.optimizer) == (100, 400, {}, "")
     assert "ema_0.9_000100.pt" in said and "opt000100.pt" in said
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    code = "import sys; from guided_diffusion import checkpoints; checkpoints.lock(sys.argv[1])"
+    held = checkpoints.lock(str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 1 and f"in use by another training (process {os.getpid()} on" in result.stderr
+    held.close()
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
+
+
+def test_best_with_losses_that_are_not_numbers_or_not_measured(tmp_path):
+    assert save(tmp_path, 1, losses={"0.9": float("nan")}) == RATES  # better than no file at all
+    assert save(tmp_path, 2, losses={"0.9": 0.5}) == RATES
+    assert save(tmp_path, 3, losses={"0.9": float("nan")}) == []
+    assert save(tmp_path, 4, losses={"0.9": 0.6}) == []
+    assert save(tmp_path, 5) == RATES  # no validation any more: the latest counts
+    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 5, "loss": None}}
