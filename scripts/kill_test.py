@@ -69,6 +69,7 @@ def command(data: Path, logdir: Path, ranks: int, steps: int) -> list[str]:
 
 
 def _run_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    torch.set_num_threads(1)  # threads of the parent's pool do not exist in a fork
     os.environ |= variables
     with open(log, "a") as output:
         os.dup2(output.fileno(), 1)
