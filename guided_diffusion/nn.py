@@ -68,11 +68,11 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled():
-            return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
+        h = x.float() if slow else x
+        weight = None if self.weight is None else self.weight.to(h.dtype)
+        bias = None if self.bias is None else self.bias.to(h.dtype)
+        return F.group_norm(h, self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 def normalization(channels: int) -> GroupNorm:
