@@ -21,7 +21,7 @@ fi
 model="--data_dir $data --dataset_mode custom --num_classes 9 --no_instance True --class_cond True --image_size 32
   --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 --num_head_channels 32
   --resblock_updown True --use_scale_shift_norm True --predict_xstart True --learn_sigma False"
-training="--batch_size $((8 / ranks)) --ema_rate 0.98 --save_interval 100 --log_interval 20 --keep_checkpoints 2"
+training="--batch_size $((ranks < 8 ? 8 / ranks : 1)) --ema_rate 0.98 --save_interval 100 --log_interval 20 --keep_checkpoints 2"
 
 echo "1/4  training: $out/train"
 mpiexec -n "$ranks" python image_train.py $model $training --logdir "$out/train" --lr 1e-3 --warmup_steps 50 \
