@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,6 +95,7 @@ class SampleRun:
                 self.pipeline.keeps(max(len({layout for layout, _ in b}) for b in batches), *self.dataset.shape)[1]
             )
         steps = self.pipeline.diffusion(self.sampling.timestep_respacing, self.sampling.num_steps).num_timesteps
+        since = time.perf_counter()
         bar = tqdm(
             total=len(batches) * steps,
             desc="denoising",
@@ -109,6 +111,9 @@ class SampleRun:
                 done += len(pairs)
                 bar.set_postfix_str(f"{done} of {sum(map(len, batches))} images of this rank", refresh=False)
         self.world.barrier()
+        if count:
+            seconds = time.perf_counter() - since
+            self.world.on_main(lambda: self._note_time(count, seconds))
         self.world.on_main(self._overview)
         self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
 
@@ -239,6 +244,12 @@ class SampleRun:
         return os.path.join(self.folder, folder, f"{name}.png")
 
     # -- after --------------------------------------------------------------------------------------------------------
+
+    def _note_time(self, count: int, seconds: float) -> None:
+        """Into the log and sampling.json: how long this run's images took, reading and saving included. On rank 0."""
+        self.log(f"{count} images in {seconds:.1f} s, {seconds / count:.3g} s each")
+        self.record["run"]["made"] = {"images": count, "seconds": round(seconds, 3), "ranks": self.world.size}
+        checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
 
     def _overview(self) -> None:
         """A page of layout, photograph and samples, from what is in the folder. On rank 0."""
