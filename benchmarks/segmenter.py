@@ -164,7 +164,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 
 
 def diversity(network: torch.jit.ScriptModule, folders: list[Path], device: torch.device) -> float:
-    """Mean over layouts and pairs of their samples of the squared distance of unit features, averaged over the stages."""
+    """Mean over layouts and pairs of their samples of the squared distance of unit features, averaged over stages."""
     by_folder = [by_name(list_images(folder)) for folder in folders]
     names = sorted(set.intersection(*(set(found) for found in by_folder)))
     totals = []

@@ -56,7 +56,10 @@ mpiexec -n "$ranks" python image_sample.py --model_path "$best" --results_path "
 echo "5/6  the same by loss weighting, for a quarter of the steps: $out/min_snr"
 train "$out/min_snr" $((steps / 4)) --lr "$lr" --warmup_steps 100 --loss_weighting min_snr
 echo "6/6  scores, settings compared, pictures"
-python benchmarks/camvid.py --out "$out" --ema "$ema" --steps "$steps" --precision "$precision"
+python benchmarks/camvid.py --out "$out" --ema "$ema" --steps "$steps" --precision "$precision" \
+  --ranks "$ranks" --batch_size "$sampling_batch"
+python assets/make_samples.py --run "$out" --results results/test --out "$out/results.png"
+python assets/make_samples.py --run "$out" --results results/several --out "$out/diversity.png"
 
 cat <<END
 

@@ -3,8 +3,8 @@
     python scripts/prepare_camvid.py --source CamVid --out data/camvid
 
 SOURCE is CamVid at 480x360 with label maps of ids 0 to 11, as SegNet's authors split it (367 training, 101 validation
-and 233 test images): `train/`, `trainannot/`, `val/` and so on, or `train/images/`, `train/labels/` and so on. Nothing is
-downloaded, nothing is copied where links will do. Running it again goes on where it stopped.
+and 233 test images): `train/`, `trainannot/`, `val/` and so on, or `train/images/`, `train/labels/` and so on.
+Nothing is downloaded, nothing is copied where links will do. Running it again goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ def find_split(source: Path, split: str) -> list[tuple[Path, Path]]:
                 raise PreparationError(f"{images} holds no photographs: unpack the archive again")
             return [(found[stem], partners[stem]) for stem in sorted(found)]
     expected = " or ".join(f"{source / images.format(split)} and {maps.format(split)}" for images, maps in LAYOUTS)
-    raise PreparationError(
-        f"the {split} split is missing: expected {expected}; the README says where CamVid comes from"
-    )
+    raise PreparationError(f"no {split} split: expected {expected}; the README says where CamVid comes from")
 
 
 def prepare(source: Path, out: Path) -> dict[str, int]:

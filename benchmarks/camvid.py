@@ -1,0 +1,291 @@
+"""Scores the CamVid run of scripts/camvid.sh and compares settings, one row each with its cost.
+
+    python benchmarks/camvid.py --out OUTPUT/camvid --ema 0.995 --steps 2400 --precision bf16 --ranks 2
+
+Reads the checkpoints and samples in OUT, makes the samples of the comparison in OUT/compared (what is there is not made
+again), and writes OUT/figures.json, the tables OUT/figures.md and the plot OUT/quality.png. FID and LPIPS are scored
+where their networks' weights can be had. mIoU, pixel accuracy, feature distance and feature diversity are by the
+network of benchmarks/segmenter.py, trained on the same photographs: they compare rows of one table, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+UNLABELLED = 11
+SOLVER_LAYOUTS = 3  # solvers are compared on every third layout: 1000 steps take long
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: what the table says of it, the checkpoint below OUT, and the flags that differ."""
+
+    group: str
+    name: str
+    checkpoint: str
+    s: float = 1.5
+    sampler: str = "dpmsolver++"
+    steps: int = 20
+    subset: bool = False
+
+    @property
+    def folder(self) -> str:
+        """A name that tells the settings."""
+        checkpoint = self.checkpoint.removesuffix(".pt").replace("/", "_")
+        return f"{checkpoint}_s{self.s:g}_{self.sampler}_{self.steps}" + ("_subset" if self.subset else "")
+
+
+def compared(ema: str, steps: int) -> list[Row]:
+    """The rows of the comparison."""
+    best = f"finetune/ema_{ema}_best.pt"
+    trained, quarter = f"train/ema_{ema}_{steps:06d}.pt", f"ema_{ema}_{steps // 4:06d}.pt"
+    last = f"{steps // 6:06d}"  # of fine-tuning, as scripts/camvid.sh runs it
+    rows = [Row("guidance scale", f"s = {s:g}", best, s=s) for s in (1.0, 1.5, 2.0, 3.0)]
+    rows += [Row("fine-tuning with label drop", f"without, s = {s:g}", trained, s=s) for s in (1.0, 1.5)]
+    rows += [Row("fine-tuning with label drop", "with, s = 1.5", best)]
+    rows += [Row("weights", "raw", "finetune/model.pt"), Row("weights", f"EMA {ema}", f"finetune/ema_{ema}_{last}.pt")]
+    weighting = f"loss weighting, after {steps // 4} steps"
+    rows += [
+        Row(weighting, kind, f"{run}/{quarter}", s=1.0) for kind, run in (("none", "train"), ("min-SNR", "min_snr"))
+    ]
+    solvers = [("dpmsolver++", 10), ("dpmsolver++", 20), ("dpmsolver++", 50), ("ddim", 50), ("ddpm", 1000)]
+    rows += [
+        Row("solver and steps", f"{sampler}, {count}", best, sampler=sampler, steps=count, subset=True)
+        for sampler, count in solvers
+    ]
+    return rows
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess:
+    """A script of this repository, from its root."""
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, **options)
+
+
+def make_subset(data: Path, folder: Path) -> Path:
+    """A data set of every third validation scene, by links."""
+    for kind in ("images", "labels"):
+        (folder / "val" / kind).mkdir(parents=True, exist_ok=True)
+        for file in sorted((data / "val" / kind).iterdir())[::SOLVER_LAYOUTS]:
+            target = folder / "val" / kind / file.name
+            if not target.exists():
+                os.link(file, target)
+    shutil.copyfile(data / "dataset.json", folder / "dataset.json")
+    return folder
+
+
+def sample(row: Row, args: argparse.Namespace) -> Path:
+    """Samples the validation layouts with a row's settings; returns the results folder."""
+    results = args.out / "compared" / row.folder
+    data = make_subset(args.out / "data", args.out / "subset") if row.subset else args.out / "data"
+    launcher = ["mpiexec", "-n", args.ranks] if args.ranks > 1 else []
+    command = [*launcher, sys.executable, "image_sample.py", "--model_path", args.out / row.checkpoint]
+    command += ["--data_dir", data, "--results_path", results, "--batch_size", args.batch_size]
+    command += ["--precision", args.precision, "--s", row.s, "--sampler", row.sampler, "--num_steps", row.steps]
+    run(command)
+    return results
+
+
+def segmentation_score(results: Path, samples: str, args: argparse.Namespace) -> dict[str, float]:
+    """evaluations/miou.py: mean IoU and pixel accuracy, percent, of a sub-folder of images against `labels/`."""
+    report = results / f"miou_{samples}.json"
+    run(
+        [sys.executable, "evaluations/miou.py", results, "--samples", samples, "--segmenter", args.out / "segmenter.pt",
+         "--num_classes", UNLABELLED + 1, "--ignore_ids", UNLABELLED, "--json", report],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    scores = json.loads(report.read_text())
+    return {"miou": scores["score"], "pixel_accuracy": scores["pixel_accuracy"]}
+
+
+def feature_score(results: Path, args: argparse.Namespace) -> dict[str, float]:
+    """benchmarks/segmenter.py score."""
+    report = results / "features.json"
+    command = [sys.executable, "benchmarks/segmenter.py", "score", results, "--segmenter", args.out / "segmenter.pt"]
+    run([*command, "--json", report], stdout=subprocess.DEVNULL)
+    scores = json.loads(report.read_text())
+    return {key: value for key, value in scores.items() if key.startswith("feature_")}
+
+
+def published_score(command: list, report: Path) -> float | None:
+    """A score that needs downloaded weights; None, and the reason on the screen, where there are none."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "--json", str(report)], cwd=ROOT, text=True, stderr=subprocess.PIPE
+    )
+    if done.returncode:
+        print(f"left out: {done.stderr.strip().splitlines()[-1]}")
+        return None
+    return json.loads(report.read_text())["score"]
+
+
+def main_scores(args: argparse.Namespace) -> dict[str, dict]:
+    """The fine-tuned network at the default settings, on both splits, beside real photographs."""
+    scores = {}
+    for split in ("val", "test"):
+        results = args.out / "results" / split
+        inception = ["evaluations/test_with_FID.py", results / "images", results / "samples"]
+        scores[split] = {
+            "layouts": len(list((results / "samples").glob("*.png"))),
+            **segmentation_score(results, "samples", args),
+            **feature_score(results, args),
+            "fid": published_score(inception, results / "fid.json"),
+            "photographs": segmentation_score(results, "images", args),
+        }
+    several = args.out / "results" / "several"
+    alexnet = ["evaluations/lpips.py", several]
+    scores["several"] = {
+        **feature_score(several, args),
+        "lpips": published_score(alexnet, several / "lpips.json"),
+        "feature_diversity_of_other_scenes": between_scenes(args),
+    }
+    # the distance between two sets of real photographs of other streets: what a small distance is
+    both = args.out / "compared" / "val_and_test"
+    for name, split in (("images", "val"), ("samples", "test")):
+        (both / name).mkdir(parents=True, exist_ok=True)
+        for file in (args.out / "results" / split / "images").glob("*.png"):
+            if not (both / name / file.name).exists():
+                os.link(file, both / name / file.name)
+    scores["photographs_val_and_test"] = feature_score(both, args)
+    return scores
+
+
+def between_scenes(args: argparse.Namespace) -> float:
+    """Feature diversity of ten samples of ten different layouts: the upper end of the scale."""
+    folder = args.out / "compared" / "other_scenes"
+    files = sorted((args.out / "results" / "val" / "samples").glob("*.png"))
+    for shift in range(10):
+        (folder / f"samples_{shift:02d}").mkdir(parents=True, exist_ok=True)
+        for index, file in enumerate(files):
+            target = folder / f"samples_{shift:02d}" / file.name
+            if not target.exists():
+                os.link(files[(index + 10 * shift) % len(files)], target)
+    if not (folder / "images").exists():
+        shutil.copytree(args.out / "results" / "val" / "images", folder / "images")
+    return feature_score(folder, args)["feature_diversity"]
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """A record per row: its settings, scores and seconds per image."""
+    records, known = [], {}
+    for row in compared(args.ema, args.steps):
+        if row.folder not in known:
+            results = sample(row, args)
+            made = json.loads((results / "sampling.json").read_text())["run"]["made"]
+            known[row.folder] = {
+                **segmentation_score(results, "samples", args),
+                **feature_score(results, args),
+                "seconds_per_image": made["seconds"] / made["images"],
+                "layouts": len(list((results / "samples").glob("*.png"))),
+            }
+        record = {"group": row.group, "name": row.name, "s": row.s, "sampler": row.sampler, "steps": row.steps}
+        records.append({**record, **known[row.folder]})
+        print(json.dumps(records[-1]), flush=True)
+    return records
+
+
+def tables(figures: dict) -> str:
+    """The figures as Markdown."""
+    scores = figures["scores"]
+    lines = ["| | layouts | mIoU | pixel accuracy | feature distance | FID |", "|---|---|---|---|---|---|"]
+    for split in ("val", "test"):
+        row = scores[split]
+        fid = "weights not at hand" if row["fid"] is None else f"{row['fid']:.1f}"
+        lines.append(
+            f"| samples, {split} | {row['layouts']} | {row['miou']:.1f} | {row['pixel_accuracy']:.1f} | "
+            f"{row['feature_distance']:.3f} | {fid} |"
+        )
+        real = row["photographs"]
+        distance = f"{scores['photographs_val_and_test']['feature_distance']:.3f} (val against test)"
+        lines.append(
+            f"| photographs, {split} | {row['layouts']} | {real['miou']:.1f} | {real['pixel_accuracy']:.1f} | "
+            f"{distance if split == 'val' else ''} | |"
+        )
+    several = scores["several"]
+    lpips = "weights not at hand" if several["lpips"] is None else f"{several['lpips']:.3f}"
+    lines += [
+        "",
+        f"Diversity of ten samples per layout: {several['feature_diversity']:.4f}, of ten samples of other layouts "
+        f"{several['feature_diversity_of_other_scenes']:.4f} (features of the segmentation network). LPIPS: {lpips}.",
+    ]
+    default = next(r for r in figures["rows"] if r["name"] == "s = 1.5")["seconds_per_image"]
+    lines += ["", "| | | mIoU | pixel accuracy | feature distance | time per image |", "|---|---|---|---|---|---|"]
+    before = ""
+    for row in figures["rows"]:
+        time = f"{row['seconds_per_image'] / default:.2f}"
+        time += f" ({row['seconds_per_image']:.3f} s)" if figures["device"] != "cpu" else ""
+        lines.append(
+            f"| {row['group'] if row['group'] != before else ''} | {row['name']} | {row['miou']:.1f} | "
+            f"{row['pixel_accuracy']:.1f} | {row['feature_distance']:.3f} | {time} |"
+        )
+        before = row["group"]
+    return "\n".join(lines) + "\n"
+
+
+def plot(figures: dict, path: Path) -> None:
+    """Quality against time per image, of solvers and steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in figures["rows"] if row["group"] == "solver and steps"]
+    seconds = figures["device"] != "cpu"
+    unit = 1 if seconds else min(row["seconds_per_image"] for row in rows)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for axis, key, label in (
+        (axes[0], "pixel_accuracy", "pixel accuracy, % (higher is better)"),
+        (axes[1], "feature_distance", "feature distance (lower is better)"),
+    ):
+        for row in rows:
+            colour = {"ddpm": "#b03a2e", "ddim": "#9a7d0a"}.get(row["sampler"], "#1f6f8b")
+            time = row["seconds_per_image"] / unit
+            axis.plot(time, row[key], "o", color=colour)
+            axis.annotate(f"{row['sampler']} {row['steps']}", (time, row[key]), (5, 5), textcoords="offset points")
+        axis.set_xscale("log")
+        axis.margins(0.25, 0.3)
+        axis.set_xlabel("seconds per image" if seconds else "time per image, shortest = 1")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].axhline(figures["scores"]["val"]["photographs"]["pixel_accuracy"], color="#606060", linestyle="--", lw=0.8)
+    figure.suptitle(f"Solvers and steps on CamVid, {rows[0]['layouts']} layouts, s = 1.5 (dashed: photographs)")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "OUTPUT" / "camvid", help="what scripts/camvid.sh wrote")
+    parser.add_argument("--ema", required=True, help="the EMA rate that was trained with")
+    parser.add_argument("--steps", type=int, required=True, help="the training steps")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--ranks", type=int, default=1)
+    args = parser.parse_args()
+    args.out = args.out.resolve()
+    config = json.loads((args.out / "finetune" / "config.json").read_text())
+    figures = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "model": config["model"],
+        "steps": args.steps,
+        "scores": main_scores(args),
+        "rows": compare(args),
+    }
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (args.out / "figures.md").write_text(tables(figures))
+    plot(figures, args.out / "quality.png")
+    print(tables(figures))
+    print(f"figures: {args.out / 'figures.json'}, {args.out / 'figures.md'}\nplot: {args.out / 'quality.png'}")
+
+
+if __name__ == "__main__":
+    main()
