@@ -165,7 +165,7 @@ def _peak_resident() -> float:
 
 
 def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[str, float]:
-    """Images per second of 1 and 2 ranks at an equal global batch, each with its own GPU or --threads CPU cores."""
+    """Images per second of 1 and 2 ranks at an equal global batch, each with its own GPU or half the --threads cores."""
     rates: dict[str, list[float]] = {"1": [], "2": []}
     for repeat in range(2):
         for ranks in (1, 2):
@@ -177,7 +177,8 @@ def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
             arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             command = [*launcher, str(ROOT / "image_train.py"), *arguments]
-            subprocess.run(command, check=True, capture_output=True, env=_environment(args.threads))
+            threads = max(1, args.threads // ranks) if args.device == "cpu" else args.threads
+            subprocess.run(command, check=True, capture_output=True, env=_environment(threads))
             rows = [json.loads(line) for line in (logdir / "progress.jsonl").read_text().splitlines()]
             rates[str(ranks)].append(rows[-1]["images_per_second"])  # steps 5 to 8: after the warm-up
     return {ranks: max(values) for ranks, values in rates.items()}
@@ -289,7 +290,7 @@ def main() -> None:
     )
     print(title, table(results, names), sep="\n")
     if ranks:
-        print(f"1 rank: {ranks['1']:.2f} images/s; 2 ranks, equal global batch: {ranks['2']:.2f} images/s")
+        print(f"1 rank: {ranks['1']:.2f} images/s; 2 ranks, equal global batch and cores: {ranks['2']:.2f} images/s")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = dict(
         command=" ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),

@@ -72,6 +72,26 @@ class Layout:
         self.y = self.y[..., :0]
 
 
+class _LookUp(torch.autograd.Function):
+    """Sums of table rows; the table's gradient is a look-up of its own, from a list that every norm shares.
+
+    `rows` [P, 9] says which rows of `table` [R, C] a pixel sums. `pixels` [9 P] lists, row by row, the pixels that sum
+    it, a row's list beginning at `starts` [R].
+    """
+
+    @staticmethod
+    def forward(
+        ctx, table: torch.Tensor, rows: torch.Tensor, pixels: torch.Tensor, starts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(pixels, starts)
+        return F.embedding_bag(rows, table, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        pixels, starts = ctx.saved_tensors
+        return F.embedding_bag(pixels, grad.contiguous(), starts, mode="sum"), None, None, None
+
+
 class LabelLayout(Layout):
     """A layout as integers: the convolution over a one-hot map is a sum of nine weights, which are looked up.
 
@@ -101,13 +121,18 @@ class LabelLayout(Layout):
         super().__init__(rows)
         self.num_classes, self.has_edges, self.dtype = num_classes, edge is not None, dtype
 
-    def resized(self, size: Sequence[int]) -> torch.Tensor:
-        """The table rows that a pixel's 3x3 neighbours take, [N * h * w, 9], at (height, width) `size`."""
+    def resized(self, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The table rows that a pixel's 3x3 neighbours take, [N * h * w, 9], at (height, width) `size`; and the pixels
+        by row, as `_LookUp` takes them."""
         size = tuple(size)
         if size not in self._resized:
             rows = F.interpolate(self.y.double(), size=size, mode="nearest").long()
             around = F.pad(rows, (1, 1, 1, 1), value=self.null).unfold(2, 3, 1).unfold(3, 3, 1).reshape(-1, 9)
-            self._resized[size] = around + self.count * torch.arange(9, device=rows.device)
+            around = around + self.count * torch.arange(9, device=rows.device)
+            pixels = around.flatten().argsort(stable=True) // 9
+            starts = torch.bincount(around.flatten(), minlength=9 * self.count).cumsum(0).roll(1)
+            starts[0] = 0
+            self._resized[size] = around, pixels, starts
         return self._resized[size]
 
     def hidden(self, norm: SPADEGroupNorm, size: Sequence[int]) -> torch.Tensor:
@@ -116,7 +141,7 @@ class LabelLayout(Layout):
         table = F.pad(weight[:, : self.num_classes], (0, 0, 0, 1))  # [9, classes + 1, 128]
         if self.has_edges:
             table = torch.stack([table, table + weight[:, self.num_classes :]], dim=2)
-        looked_up = F.embedding_bag(self.resized(size), table.reshape(9 * self.count, -1), mode="sum")
+        looked_up = _LookUp.apply(table.reshape(9 * self.count, -1), *self.resized(size))
         hidden = norm.mlp_shared[1](looked_up + convolution.bias).to(self.dtype)
         return hidden.view(-1, *size, hidden.shape[1]).permute(0, 3, 1, 2)  # [N, 128, h, w], channels-last
 
