@@ -165,7 +165,7 @@ def _peak_resident() -> float:
 
 
 def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[str, float]:
-    """Images per second of 1 and 2 ranks at an equal global batch, each with its own GPU or half the --threads cores."""
+    """Images per second of 1 and 2 ranks at an equal global batch, on a GPU each or on equally many cores in all."""
     rates: dict[str, list[float]] = {"1": [], "2": []}
     for repeat in range(2):
         for ranks in (1, 2):

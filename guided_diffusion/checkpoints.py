@@ -145,11 +145,14 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
         raise
 
 
-def publish_set(folder: str, step: int, rates: Sequence[str], losses: dict[str, float]) -> list[str]:
+def publish_set(
+    folder: str, step: int, rates: Sequence[str], losses: dict[str, float], measure: str | None = None
+) -> list[str]:
     """Makes the complete set of `step` the latest: model.pt, and ema_{rate}_best.pt where the loss is the lowest so far
     (or unknown). Doing it again changes nothing.
 
-    best.json remembers step and loss. Returns the rates whose best was updated.
+    best.json remembers step, loss and `measure`, which names what the losses were measured on: those of another one do
+    not compare, and the new set counts as the best. Returns the rates whose best was updated.
     :raises CheckpointError: one of them cannot be written; it is as it was.
     """
     publish(os.path.join(folder, model_name(step)), os.path.join(folder, MODEL_NAME))
@@ -157,14 +160,17 @@ def publish_set(folder: str, step: int, rates: Sequence[str], losses: dict[str, 
     best = _read_json(path)
     updated = []
     for rate in rates:
-        before, loss = best.get(rate, {}).get("loss"), losses.get(rate)
+        known, loss = best.get(rate, {}), losses.get(rate)
+        before = known.get("loss") if known.get("measure") == measure else None
         if loss is not None and not math.isfinite(loss):
             loss = math.inf  # worse than any, but better than no file at all
         # Without a loss the latest counts as the best.
         if loss is not None and rate in best and loss >= (math.inf if before is None else before):
             continue
         publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
-        best[rate] = {"step": step, "loss": loss if loss is not None and math.isfinite(loss) else None}
+        best[rate] = {
+            "step": step, "loss": loss if loss is not None and math.isfinite(loss) else None, "measure": measure,
+        }  # fmt: skip
         updated.append(rate)
     if updated:
         write_json(path, best)

@@ -101,6 +101,11 @@ class World:
             dist.broadcast(tensor, src=0, group=self._control)
         return tree if self.is_main else skeleton
 
+    def sharing_memory(self) -> int:
+        """How many ranks share the memory of this rank's device: all of a host's, on the CPU. A collective."""
+        place = (socket.gethostname(), str(self.device))
+        return self.gather(place).count(place)
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:

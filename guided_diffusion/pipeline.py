@@ -92,6 +92,7 @@ class SDMPipeline:
         self.network: Callable[..., torch.Tensor] = torch.compile(self.model) if compile else self.model
         self.model_config, self.diffusion_config = model_config, diffusion_config
         self.keep_modulations = keep_modulations
+        self.sharing_memory = 1  # processes among which the device's free memory is divided
         self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
         self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
 
@@ -231,12 +232,13 @@ class SDMPipeline:
     def keeps(self, layouts: int, height: int, width: int) -> tuple[bool, str]:
         """Whether the modulations of so many layouts (and the null layout) are kept, and why, as a line for a log."""
         needed = (layouts + 1) * self.model.modulation_bytes(height, width)
-        free = free_memory(self.device)
+        free = free_memory(self.device) // self.sharing_memory
         keep = self.keep_modulations == "true" or (self.keep_modulations == "auto" and needed < MEMORY_SHARE * free)
         return keep, (
             f"SPADE's scale and shift are {'kept for all steps' if keep else 'computed anew in every step'}: "
             f"{needed / 2**30:.2f} GiB for {layouts} layout{'s' if layouts > 1 else ''} and the null layout, "
-            f"{free / 2**30:.1f} GiB are free (keep_modulations {self.keep_modulations})"
+            f"{free / 2**30:.1f} GiB are free{' for each process' * (self.sharing_memory > 1)} "
+            f"(keep_modulations {self.keep_modulations})"
         )
 
     def _layout(self, y: torch.Tensor, guided: bool) -> Layout | GuidedLayout:

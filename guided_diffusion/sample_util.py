@@ -90,6 +90,7 @@ class SampleRun:
             + (f" ({self.layouts * len(self.sample_folders) - count} are there)" if count else ": all are there")
         )
         batches = self._batches(todo)[self.world.rank :: self.world.size]
+        self.pipeline.sharing_memory = self.world.sharing_memory()
         if batches:
             self.log(
                 self.pipeline.keeps(max(len({layout for layout, _ in b}) for b in batches), *self.dataset.shape)[1]

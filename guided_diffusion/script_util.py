@@ -76,6 +76,11 @@ class ModelConfig:
         for resolution in _numbers("attention_resolutions", self.attention_resolutions, int):
             if resolution < 1:
                 raise ConfigError(f"attention_resolutions {self.attention_resolutions!r}: {resolution} is not a height")
+            if resolution <= self.image_size and self.image_size % resolution:
+                raise ConfigError(
+                    f"attention_resolutions {self.attention_resolutions!r}: {resolution} does not divide image_size "
+                    f"{self.image_size}, so that no layer has this height"
+                )
             factors.append(self.image_size // resolution)
         return factors
 
@@ -375,11 +380,14 @@ def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> Sp
 def create_model_and_diffusion(**kwargs: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """The network and its diffusion from traditional keyword arguments; `use_fp16` sets the network's precision.
 
+    Lists of numbers are strings, as on the command line ("1,2,2"), or tuples.
+
     :raises ConfigError: a name that is no setting of theirs, or settings that do not fit together.
     """
     unknown = kwargs.keys() - model_and_diffusion_defaults().keys()
     if unknown:
         raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
+    kwargs = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
     model_config, diffusion_config = build_config(ModelConfig, kwargs), build_config(DiffusionConfig, kwargs)
     model = create_model(model_config, diffusion_config.learn_sigma)
     if model_config.use_fp16:

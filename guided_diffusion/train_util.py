@@ -188,8 +188,22 @@ class TrainLoop:
                 f"cannot write to the log directory {self.logdir} ({error}): give another --logdir"
             ) from error
         if self.start.continues:  # the run may have been killed between writing the set and publishing it
-            losses = checkpoints.read_manifest(self.logdir, self.step)["validation_loss"]
-            checkpoints.publish_set(self.logdir, self.step, list(self.start.emas), losses)
+            self._note_changes()
+            manifest = checkpoints.read_manifest(self.logdir, self.step)
+            losses, measure = manifest["validation_loss"], manifest.get("measure")
+            checkpoints.publish_set(self.logdir, self.step, list(self.start.emas), losses, measure)
+
+    def _note_changes(self) -> None:
+        """Tells which settings of training differ from those that the run was saved with. On rank 0."""
+        saved = checkpoints.read_config(os.path.join(self.logdir, checkpoints.MODEL_NAME)) or {}
+        before, now = saved.get("training", {}), self.record.get("training", {})
+        changes = [
+            f"{name} {before[name]!r} -> {value!r}"
+            for name, value in now.items()
+            if name in before and before[name] != value and name not in ("logdir", "resume_checkpoint")
+        ]
+        if changes:
+            self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -408,9 +422,10 @@ class TrainLoop:
             **_to_cpu(self.optimizer.state_dict()), "trainer": trainer,
         }  # fmt: skip
         manifest = {"samples_seen": self.samples_seen, "world_size": self.world.size, "validation_loss": val_losses}
+        manifest["measure"] = measure = self.validation.measure if self.validation is not None else None
         checkpoints.write_json(os.path.join(folder, checkpoints.CONFIG_NAME), self.record)
         checkpoints.save_set(folder, step, contents, manifest)
-        best = checkpoints.publish_set(folder, step, list(self.emas), val_losses)
+        best = checkpoints.publish_set(folder, step, list(self.emas), val_losses, measure)
         checkpoints.prune(folder, self.config.keep_checkpoints, step)
         figures = ", ".join(f"EMA {rate}: {loss:.5f}" for rate, loss in val_losses.items())
         self.logger.log(

@@ -5,6 +5,7 @@ Neither touches the training: both draw their noise from seeds of their own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,6 +69,13 @@ class Validation:
         self.dataset, self.diffusion, self.world = dataset, diffusion, world
         self.indices = spread(images, len(dataset))
         self.batch_size = batch_size
+
+    @property
+    def measure(self) -> str:
+        """What the losses are measured on, in words: those with another measure do not compare."""
+        names = hashlib.sha256("\n".join(self.dataset.names[i] for i in self.indices).encode()).hexdigest()
+        height, width = self.dataset.shape
+        return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}"
 
     def loss(self, model: torch.nn.Module, weights: Weights) -> float:
         """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective."""

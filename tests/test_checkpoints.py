@@ -153,7 +153,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert kept == ["model.pt", "model000015.pt", "model000020.pt"]
     assert value(tmp_path / "ema_0.9_best.pt") == -10
     assert value(tmp_path / "model.pt") == 20
-    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 10, "loss": 0.1}}
+    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 10, "loss": 0.1, "measure": None}}
 
 
 def test_prune_never_trades_a_whole_set_for_a_damaged_one(tmp_path):
@@ -177,6 +177,15 @@ def test_publishing_again_changes_nothing(tmp_path, monkeypatch, links):
     before = listing(tmp_path)
     assert checkpoints.publish_set(str(tmp_path), 5, RATES, {"0.9": 1.0}) == []
     assert listing(tmp_path) == before
+
+
+def test_losses_of_another_validation_set_do_not_compare(tmp_path):
+    """A lower loss on other images says nothing about the best so far: the newer set takes its place."""
+    for step, loss, measure, best in ((5, 1.0, "32 images", 5), (10, 2.0, "32 images", 5), (15, 3.0, "64 images", 15)):
+        save(tmp_path, step)
+        (tmp_path / "best.json").unlink() if step == 5 else None
+        checkpoints.publish_set(str(tmp_path), step, RATES, {"0.9": loss}, measure)
+        assert json.loads((tmp_path / "best.json").read_text())["0.9"]["step"] == best
 
 
 def test_without_a_loss_the_latest_is_the_best_and_nan_never_is(tmp_path):

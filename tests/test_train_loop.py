@@ -229,6 +229,14 @@ def test_looked_up_layouts_equal_convolved_ones(edges):
             torch.testing.assert_close(looked_up, convolved, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
+def test_settings_that_changed_since_the_save_are_told(data, tmp_path, capsys):
+    make_loop(data, tmp_path, max_steps=1).run()
+    make_loop(data, tmp_path, max_steps=2, lr=2e-3).run()
+    assert "note: changed since the run was saved: lr 0.001 -> 0.002, max_steps 1 -> 2" in (
+        (tmp_path / "log.txt").read_text()
+    )
+
+
 def test_rows(data, six_steps):
     rows = [json.loads(line) for line in (six_steps / "progress.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]

@@ -6,6 +6,7 @@ from golden_helpers import golden_case, normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion.conditioning import drop_layouts, encode_label_map
+from guided_diffusion.script_util import ConfigError, create_model_and_diffusion
 from guided_diffusion.spade import GuidedLayout, Layout
 from guided_diffusion.unet import AttentionBlock
 
@@ -22,6 +23,20 @@ def test_attention_takes_the_flash_kernel(dtype, new_order, channels_last):
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert block(x).shape == x.shape
+
+
+def test_lists_of_numbers_are_strings_or_tuples():
+    shared = dict(image_size=32, num_classes=4, num_channels=32, num_res_blocks=1)
+    models = [
+        create_model_and_diffusion(**shared, channel_mult=mult, attention_resolutions=resolutions)[0]
+        for mult, resolutions in (("1,2", "16,8"), ((1, 2), [16, 8]))
+    ]
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+
+
+def test_an_attention_height_that_no_layer_has_is_refused():
+    with pytest.raises(ConfigError, match="12 does not divide image_size 32"):
+        create_model_and_diffusion(image_size=32, num_classes=4, channel_mult="1,2", attention_resolutions="12")
 
 
 def test_features_stay_channels_last():
