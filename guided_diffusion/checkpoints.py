@@ -168,9 +168,9 @@ def publish_set(
         if loss is not None and rate in best and loss >= (math.inf if before is None else before):
             continue
         publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
-        best[rate] = {
-            "step": step, "loss": loss if loss is not None and math.isfinite(loss) else None, "measure": measure,
-        }  # fmt: skip
+        best[rate] = {"step": step, "loss": loss if loss is not None and math.isfinite(loss) else None}
+        if measure is not None:
+            best[rate]["measure"] = measure
         updated.append(rate)
     if updated:
         write_json(path, best)

@@ -18,7 +18,7 @@ from guided_diffusion.resume import find_start
 RATES = ["0.9"]
 
 
-def save(folder, step, size=100, losses=None):
+def save(folder, step, size=100, losses=None, measure=None):
     """A set whose tensors hold the number of the step; published, as the training loop does it."""
     contents = {
         checkpoints.model_name(step): lambda: {"w": torch.full((size,), float(step))},
@@ -27,7 +27,7 @@ def save(folder, step, size=100, losses=None):
     }
     manifest = {"samples_seen": 4 * step, "world_size": 1, "validation_loss": losses or {}}
     checkpoints.save_set(str(folder), step, contents, manifest)
-    return checkpoints.publish_set(str(folder), step, RATES, losses or {})
+    return checkpoints.publish_set(str(folder), step, RATES, losses or {}, measure)
 
 
 def newest(folder) -> tuple[int | None, list[str]]:
@@ -153,7 +153,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert kept == ["model.pt", "model000015.pt", "model000020.pt"]
     assert value(tmp_path / "ema_0.9_best.pt") == -10
     assert value(tmp_path / "model.pt") == 20
-    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 10, "loss": 0.1, "measure": None}}
+    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 10, "loss": 0.1}}
 
 
 def test_prune_never_trades_a_whole_set_for_a_damaged_one(tmp_path):
@@ -182,9 +182,7 @@ def test_publishing_again_changes_nothing(tmp_path, monkeypatch, links):
 def test_losses_of_another_validation_set_do_not_compare(tmp_path):
     """A lower loss on other images says nothing about the best so far: the newer set takes its place."""
     for step, loss, measure, best in ((5, 1.0, "32 images", 5), (10, 2.0, "32 images", 5), (15, 3.0, "64 images", 15)):
-        save(tmp_path, step)
-        (tmp_path / "best.json").unlink() if step == 5 else None
-        checkpoints.publish_set(str(tmp_path), step, RATES, {"0.9": loss}, measure)
+        save(tmp_path, step, losses={"0.9": loss}, measure=measure)
         assert json.loads((tmp_path / "best.json").read_text())["0.9"]["step"] == best
 
 
