@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from .image_transforms import read_label
 from .pictures import colorize, contact_sheet, save_png
 from .pipeline import Sampling, SDMPipeline, image_seed
 from .script_util import ConfigError, SampleConfig, binding_settings
+from .stop_signals import StopSignals
 
 OVERVIEW_ROWS = 8
 OVERVIEW_SAMPLES = 4
@@ -46,6 +49,10 @@ def sampling_of(config: SampleConfig, timestep_respacing: str) -> Sampling:
         clip_denoised=config.clip_denoised,
         dynamic_threshold=config.dynamic_threshold,
     )
+
+
+class _Stopped(Exception):
+    """A signal asks the run to end."""
 
 
 class SampleRun:
@@ -78,7 +85,7 @@ class SampleRun:
         ]
 
     def run(self) -> None:
-        """Makes what is missing. A collective.
+        """Makes what is missing; a signal ends it in order, between two steps. A collective.
 
         :raises ConfigError: the folder holds images made in another way. :raises DataError: a bad label map.
         :raises CheckpointError: the folder cannot be written.
@@ -104,17 +111,27 @@ class SampleRun:
             dynamic_ncols=True,
             disable=not self.world.is_main,
         )
-        with bar:
-            done = 0
+        done = 0
+        with bar, StopSignals() as signals, contextlib.suppress(_Stopped):
+
+            def on_step() -> None:
+                bar.update()
+                if signals.number:
+                    raise _Stopped
+
             self._restore_inputs(inputs[self.world.rank :: self.world.size])
             for pairs, batch in zip(batches, self._read(batches), strict=True):
-                self._make(pairs, batch, bar.update)
+                self._make(pairs, batch, on_step)
                 done += len(pairs)
                 bar.set_postfix_str(f"{done} of {sum(map(len, batches))} images of this rank", refresh=False)
-        self.world.barrier()
-        if count:
+        stopped, done = self.world.max(signals.number), sum(self.world.gather(done))
+        if done:
             seconds = time.perf_counter() - since
-            self.world.on_main(lambda: self._note_time(count, seconds))
+            self.world.on_main(lambda: self._note_time(done, seconds))
+        if stopped:
+            name = signal.Signals(stopped).name
+            self.log(f"stopped by {name} after {done} of {count} images; the same command goes on with the others")
+            return
         self.world.on_main(self._overview)
         self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
 
@@ -162,7 +179,8 @@ class SampleRun:
             return
         try:
             with open(path, encoding="utf-8") as file:
-                before = dict(json.load(file)["images"])
+                record = json.load(file)
+            before, run = dict(record["images"]), dict(record["run"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is damaged ({type(error).__name__}: {error}); --overwrite True makes the images again"
@@ -176,6 +194,7 @@ class SampleRun:
                 f"{self.folder} holds images made with other settings ({'; '.join(differences)}); choose another "
                 "--results_path, or --overwrite True to make them again"
             )
+        self.record["run"] |= {"made": run["made"]} if "made" in run else {}
 
     def _check_layouts(self, layouts: list[int]) -> None:
         """Reads every label map that will be sampled: a wrong id is found before the first image is made."""
@@ -249,7 +268,9 @@ class SampleRun:
     def _note_time(self, count: int, seconds: float) -> None:
         """Into the log and sampling.json: how long this run's images took, reading and saving included. On rank 0."""
         self.log(f"{count} images in {seconds:.1f} s, {seconds / count:.3g} s each")
-        self.record["run"]["made"] = {"images": count, "seconds": round(seconds, 3), "ranks": self.world.size}
+        before = self.record["run"].get("made", {"images": 0, "seconds": 0.0})
+        seconds = round(before["seconds"] + seconds, 3)
+        self.record["run"]["made"] = {"images": before["images"] + count, "seconds": seconds, "ranks": self.world.size}
         checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
 
     def _overview(self) -> None:

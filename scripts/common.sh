@@ -1,6 +1,8 @@
 # Sourced by the other scripts: makes the project's virtual environment once and puts it first on the PATH.
 # VENV chooses its folder, PYTHON the interpreter it is made from.
 set -euo pipefail
+trap 'exit 130' INT # a run that Ctrl-C ended in order is no reason to begin the next
+trap 'exit 143' TERM
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 use_environment() { # use_environment EXTRAS, for example: use_environment mpi,test

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from data_helpers import draw, save, write_custom
 from PIL import Image
 from sampling_helpers import run, save_checkpoint
+from training_helpers import finish, launch, wait_for
 
 LAYOUTS = 5
 FAST = ("--sampler", "ddpm", "--num_steps", "3", "--s", "1.5", "--batch_size", "2")
@@ -63,6 +65,26 @@ def test_one_rank_other_batches_and_a_part_make_the_same_pictures(root, two_rank
             # another batch size may choose another convolution kernel: rounding, at most one level
             assert np.abs(picture - two[name]).max() <= 1
     assert len(pictures(root / "part" / "samples")) == 2
+
+
+def test_a_signal_ends_a_run_in_order(root):
+    """Between two steps, with whole pictures only; the same command makes the others and adds up the time."""
+    results = root / "stopped"
+    model = ["--model_path", root / "run" / "ema_0.9_best.pt", "--results_path", results, "--s", "1.5"]
+    arguments = ["image_sample.py", *model, "--num_steps", "50", "--batch_size", "1"]
+    log = root / "stopped_log"
+    processes = launch([str(part) for part in arguments], log=log)
+    wait_for(lambda: (results / "samples").is_dir() and any((results / "samples").glob("*.png")))
+    processes[0].send_signal(signal.SIGTERM)
+    assert finish(processes) == [0]
+    told = (root / "stopped_log.0").read_text()
+    there = len(pictures(results / "samples"))
+    assert 0 < there < LAYOUTS and f"stopped by SIGTERM after {there} of {LAYOUTS} images" in told
+    assert not (results / "overview.png").exists()
+    assert finish(launch([str(part) for part in arguments])) == [0]
+    assert len(pictures(results / "samples")) == LAYOUTS
+    made = json.loads((results / "sampling.json").read_text())["run"]["made"]
+    assert made["images"] == LAYOUTS and made["seconds"] > 0
 
 
 def test_a_run_goes_on_where_it_stopped(root, two_ranks):
