@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes the project's virtual environment once and puts it first on the PATH.
-# VENV chooses its folder, PYTHON the interpreter it is made from.
+# VENV chooses its folder, PYTHON the interpreter it is made from. VENV=none: the Python at hand, with all it needs.
 set -euo pipefail
 trap 'exit 130' INT # a run that Ctrl-C ended in order is no reason to begin the next
 trap 'exit 143' TERM
@@ -7,6 +7,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 use_environment() { # use_environment EXTRAS, for example: use_environment mpi,test
   local venv=${VENV:-.venv} stamp
+  if [ "$venv" = none ]; then
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    return
+  fi
   stamp="$venv/.installed-$(printf '%s %s' "$1" "$PWD" | cat - setup.py | cksum | tr ' ' '-')"
   if [ ! -x "$venv/bin/python" ]; then
     echo "making the virtual environment $venv"
