@@ -130,6 +130,10 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
     """
     manifest_path = os.path.join(folder, manifest_name(step))
     files = {}
+    # Names what is being written, so that the next start can remove what a kill leaves of it.
+    intent = os.path.join(folder, f".{manifest_name(step)}.part")
+    with contextlib.suppress(OSError), open(intent, "w", encoding="utf-8") as file:
+        json.dump({"files": list(contents)}, file)
     try:
         for name, content in contents.items():
             path = os.path.join(folder, name)
@@ -143,6 +147,9 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
             with contextlib.suppress(OSError):
                 os.remove(path)
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(intent)
 
 
 def publish_set(
@@ -234,8 +241,15 @@ def lock(folder: str) -> IO[str] | None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Removes the temporary files of writers that were killed; a folder that is not there has none."""
+    """Removes what writers that were killed have left: temporary files, and the files of a set without its manifest. A
+    folder that is not there has none."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        manifest = name.removeprefix(".").removesuffix(".part")
+        if name == f".{manifest}.part" and _MANIFEST.fullmatch(manifest):
+            begun = [] if os.path.exists(os.path.join(folder, manifest)) else _read_json(os.path.join(folder, name))
+            for part in begun["files"] if begun else []:
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(folder, os.path.basename(part)))
         if re.search(r"\.tmp\d+$|^\..*\.part$", name):  # those of atomic_write and of save_png
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, name))

@@ -248,6 +248,8 @@ def _start_worker(_: int) -> None:
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # SLURM and Open MPI send it to the whole process group too
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not a handler inherited from the main process
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -263,6 +265,8 @@ def _end_when_parent_asks() -> None:
 def _loader(
     dataset: LayoutDataset, batches: Iterable, num_workers: int, pin_memory: bool, skip_bad: bool
 ) -> DataLoader:
+    if hasattr(os, "sched_getaffinity"):  # a launcher may have bound the rank to one core
+        num_workers = min(num_workers, len(os.sched_getaffinity(0)))
     return DataLoader(
         _Loadable(dataset, skip_bad),
         batch_sampler=batches,

@@ -115,6 +115,23 @@ def test_a_disk_that_fills_up_harms_nothing(tmp_path):
     assert newest(tmp_path) == (5, [])
 
 
+def test_a_set_that_a_kill_cut_short_is_removed_and_others_files_are_not(tmp_path):
+    save(tmp_path, 5)
+    torch.save({"w": torch.zeros(1)}, tmp_path / "model000007.pt")  # another program's: it has no manifest either
+    before = listing(tmp_path)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save_set(str(tmp_path), 10, {"model000010.pt": dict, "opt000010.pt": killed}, {})
+    assert (tmp_path / "model000010.pt").exists()
+    intent = {"files": ["model000010.pt", "opt000010.pt"]}  # what a kill would have left as well
+    (tmp_path / ".checkpoint000010.json.part").write_text(json.dumps(intent))
+    checkpoints.remove_leftovers(str(tmp_path))
+    assert listing(tmp_path) == before
+
+
 @pytest.mark.parametrize("failing_call", range(1, 9))
 def test_a_sync_that_fails_at_any_point_leaves_a_complete_set(tmp_path, monkeypatch, failing_call):
     save(tmp_path, 5)

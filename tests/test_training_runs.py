@@ -139,6 +139,21 @@ def test_a_signal_saves_and_ends_in_order(data, tmp_path, number):
     assert manifest["step"] > 0
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_loaders_processes_too_saves(data, tmp_path, number):
+    """SLURM and Open MPI signal a rank's children as well: they must go on until the state is saved."""
+    (process,) = launch(flags(data, tmp_path / "run", batch_size=2, num_workers=1), log=tmp_path / "log")
+    rows = tmp_path / "run" / "progress.jsonl"
+    wait_for(lambda: rows.exists() and rows.stat().st_size)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    for pid in (*map(int, children), process.pid):
+        os.kill(pid, number)
+    assert finish([process]) == [0], (tmp_path / "log.0").read_text()
+    assert f"stopped by {number.name}" in (tmp_path / "run" / "log.txt").read_text()
+
+
 @needs_mpi
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_mpiexec_passes_a_signal_on(data, tmp_path, number):
