@@ -42,6 +42,10 @@ def main() -> None:
         log = print if world.is_main else lambda message: None
         log(f"results folder: {config.results_path}")
         log(world.describe())
+        if config.s > 1 and recorded and recorded.get("training", {}).get("drop_rate") == 0:
+            log(
+                f"note: trained with drop_rate 0, on no null layout: s {config.s:g} guides by noise; fine-tune, or --s 1"
+            )
         pipeline = SDMPipeline.from_checkpoint(
             config.model_path,
             precision=precision,

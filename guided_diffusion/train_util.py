@@ -28,7 +28,7 @@ from .script_util import ConfigError, DiffusionConfig, TrainConfig, create_gauss
 from .seeding import normals, stable_seed, uniforms
 from .stop_signals import StopSignals
 from .unet import UNetModel
-from .validation import Validation, preview_page, to_network
+from .validation import PREVIEW_SCALE, Validation, preview_page, to_network
 
 PREVIEW_STEPS = 20
 
@@ -376,14 +376,15 @@ class TrainLoop:
         """A page in the log directory, by rank 0. A collective."""
 
         def draw() -> None:
-            rate = self.config.ema_rates()[0]
+            rate, s = self.config.ema_rates()[0], PREVIEW_SCALE if self.config.drop_rate > 0 else 1.0
             page = preview_page(
                 self.model,
                 self._named(rate),
                 self.preview_diffusion,
                 self.validation_set or self.dataset,
                 self.world.device,
-                f"step {self.step}, EMA {rate}",
+                s=s,
+                title=f"step {self.step}, EMA {rate}, s = {s:g}",
             )
             save_png(page, os.path.join(self.logdir, f"preview_{self.step:06d}.png"))
             self.logger.image("preview", page, self.step)

@@ -116,20 +116,26 @@ class evaluating:
 
 
 def preview_page(
-    model: torch.nn.Module, weights: Weights, diffusion: Any, dataset: LayoutDataset, device: torch.device, title: str
+    model: torch.nn.Module,
+    weights: Weights,
+    diffusion: Any,
+    dataset: LayoutDataset,
+    device: torch.device,
+    *,
+    s: float,
+    title: str,
 ) -> np.ndarray:
-    """A page of layout, photograph and guided sample for a few layouts, uint8 [H, W, 3].
+    """A page of layout, photograph and sample for a few layouts, uint8 [H, W, 3].
 
     :param diffusion: over the few steps that a preview takes.
+    :param s: the guidance scale; 1 for a network that has not seen null layouts, whose answer to one means nothing.
     """
     indices = spread(PREVIEW_LAYOUTS, len(dataset))
     batch = next(iter(sampling_batches(dataset, indices, len(indices))))
     _, y = to_network(batch, device, dataset.num_classes, model.dtype)
     noise = normals([stable_seed("preview", i) for i in indices], (3, *y.shape[2:])).to(device)
     with evaluating(model, weights) as network:
-        for step in sample_loop(
-            diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": PREVIEW_SCALE}
-        ):
+        for step in sample_loop(diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": s}):
             sample = step["sample"]
     rows = []
     for i, picture in enumerate(to_uint8(sample)):

@@ -67,6 +67,16 @@ def test_one_rank_other_batches_and_a_part_make_the_same_pictures(root, two_rank
     assert len(pictures(root / "part" / "samples")) == 2
 
 
+def test_guidance_without_fine_tuning_is_remarked_on(root, tmp_path):
+    shutil.copytree(root / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"training": {"drop_rate": 0.0}}))
+    shutil.copytree(root / "data", tmp_path / "data")
+    for s, told in (("1.5", True), ("1", False)):
+        result = sample(tmp_path, f"s{s}", "--num_samples", "1", "--s", s)
+        assert result.returncode == 0 and ("guides by noise" in result.stdout) == told, result.stdout
+
+
 def test_a_signal_ends_a_run_in_order(root):
     """Between two steps, with whole pictures only; the same command makes the others and adds up the time."""
     results = root / "stopped"
