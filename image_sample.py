@@ -43,9 +43,7 @@ def main() -> None:
         log(f"results folder: {config.results_path}")
         log(world.describe())
         if config.s > 1 and recorded and recorded.get("training", {}).get("drop_rate") == 0:
-            log(
-                f"note: trained with drop_rate 0, on no null layout: s {config.s:g} guides by noise; fine-tune, or --s 1"
-            )
+            log(f"note: trained with drop_rate 0, so without null layouts: s {config.s:g} guides by noise; --s 1")
         pipeline = SDMPipeline.from_checkpoint(
             config.model_path,
             precision=precision,
