@@ -23,6 +23,7 @@ esac
 data=$out/data segmenter=$out/segmenter.pt results=$out/results
 
 python scripts/prepare_camvid.py --source "$camvid" --out "$data"
+python scripts/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 6
 
 # As published but for the size, and for two flags: a short training learns an image sooner than its noise, and beside an
 # image's error the variance's loss would take most of it.
@@ -51,7 +52,7 @@ for split in val test; do
   mpiexec -n "$ranks" python image_sample.py --model_path "$best" --results_path "$results/$split" --split "$split" \
     --batch_size "$sampling_batch" $sampling
 done
-mpiexec -n "$ranks" python image_sample.py --model_path "$best" --results_path "$results/several" --split val \
+mpiexec -n "$ranks" python image_sample.py --model_path "$best" --results_path "$results/several" --data_dir "$out/subset" \
   --samples_per_layout 10 --batch_size 10 $sampling
 echo "5/6  the same by loss weighting, for a quarter of the steps: $out/min_snr"
 train "$out/min_snr" $((steps / 4)) --lr "$lr" --warmup_steps 100 --loss_weighting min_snr

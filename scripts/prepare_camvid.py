@@ -55,9 +55,9 @@ def find_split(source: Path, split: str) -> list[tuple[Path, Path]]:
     raise PreparationError(f"no {split} split: expected {expected}; the README says where CamVid comes from")
 
 
-def prepare(source: Path, out: Path) -> dict[str, int]:
-    """Links the three splits and writes dataset.json; the number of scenes by split."""
-    splits = {split: find_split(source, split) for split in SPLITS}
+def prepare(source: Path, out: Path, every: int = 1) -> dict[str, int]:
+    """Links the three splits, or every n-th of their scenes, and writes dataset.json; the number of scenes by split."""
+    splits = {split: find_split(source, split)[::every] for split in SPLITS}
     targets: dict[str, dict[str, Path]] = {}
     for split, pairs in splits.items():
         targets[f"{split}/images"] = {photograph.name: photograph for photograph, _ in pairs}
@@ -76,12 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, type=Path, help="the folder of CamVid")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take every N-th scene: a small copy")
     options = parser.parse_args(arguments)
     with clear_errors("prepare_camvid.py"):
-        counts = prepare(options.source, options.out)
+        counts = prepare(options.source, options.out, options.every)
     shown = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{options.out}: {shown}")
-    if counts != SPLITS:
+    if options.every == 1 and counts != SPLITS:
         print(f"note: SegNet's split has {', '.join(f'{count} {split}' for split, count in SPLITS.items())}")
 
 

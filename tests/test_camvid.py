@@ -42,6 +42,7 @@ def test_camvid_becomes_a_custom_data_set(tmp_path, layout):
         assert prepare(write_camvid(tmp_path / layout, layout) if not out.exists() else tmp_path / layout, out) == {
             "train": 2, "val": 2, "test": 2,
         }  # fmt: skip
+    assert prepare(tmp_path / layout, tmp_path / "small", every=2) == {"train": 1, "val": 1, "test": 1}
     data = open_dataset(data_dir=out, dataset_mode="custom", split="test", image_size=24)
     assert data.shape == (24, 32)  # the aspect is kept
     assert data.spec.class_names[3] == "road" and data.spec.palette[3].tolist() == [128, 64, 128]
