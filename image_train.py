@@ -11,7 +11,8 @@ import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import CheckpointError, recorded_config
-from guided_diffusion.image_datasets import DataError, MissingSplitError, open_dataset
+from guided_diffusion.dataset_specs import DataError, MissingSplitError, get_spec
+from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.logger import Logger
 from guided_diffusion.script_util import (
     ConfigError,
@@ -38,6 +39,8 @@ def main() -> None:
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
         # Rank 0 reads for all: the other hosts need not see its log directory.
         recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))
+        if recorded is None:  # as many classes as the data set has
+            flags.setdefault("num_classes", get_spec(data.dataset_mode, data.data_dir or None).num_classes)
         model_config = build_config(ModelConfig, flags, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, flags, recorded and recorded["diffusion"], source)
         resolve_precision(config.precision, model_config.use_fp16)
@@ -78,12 +81,9 @@ def open_splits(data: DataConfig, config: TrainConfig, model: ModelConfig):
         skip_bad=config.skip_bad,
     )
     dataset = open_dataset(
-        split="train",
-        random_crop=config.random_crop,
-        random_flip=config.random_flip,
-        scale_jitter=config.scale_jitter,
-        **common,
-    )
+        split="train", random_crop=config.random_crop, random_flip=config.random_flip,
+        scale_jitter=config.scale_jitter, **common,
+    )  # fmt: skip
     if dataset.has_instances == model.no_instance:
         raise ConfigError(
             f"{data.data_dir} has no instance maps, and the network expects their edges: give --no_instance True"

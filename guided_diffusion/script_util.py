@@ -35,7 +35,9 @@ class ModelConfig:
     image_size: int = setting(
         64, "side of the (square) training images; the short side where the aspect is kept", binding=True
     )
-    num_classes: int = setting(151, "number of label ids, the one for unlabelled pixels included", binding=True)
+    num_classes: int = setting(
+        151, "label ids, with the one of unlabelled pixels; training takes the data set's", binding=True
+    )
     num_channels: int = setting(128, "width of the network at full resolution", binding=True)
     num_res_blocks: int = setting(2, "residual blocks per resolution", binding=True)
     num_heads: int = setting(4, "attention heads, where num_head_channels is -1", binding=True)

@@ -214,6 +214,22 @@ def test_what_is_refused_is_named_and_leaves_nothing(data, one_rank, tmp_path, s
     assert not (tmp_path / "run").exists()
 
 
+def test_the_data_set_tells_the_number_of_classes(data, tmp_path, monkeypatch):
+    """Without --num_classes; and where nothing tells it, it is asked for, instead of 151 being taken."""
+    import image_train
+
+    shutil.copytree(data, tmp_path / "data")
+    arguments = flags(tmp_path / "data", tmp_path / "run", max_steps=1)
+    at = arguments.index("--num_classes")
+    monkeypatch.setattr(sys, "argv", arguments[:at] + arguments[at + 2 :])
+    with pytest.raises(SystemExit, match=r"needs num_classes, or classes in .*dataset\.json"):
+        image_train.main()
+    names = [f"class {i}" for i in range(6)]
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"classes": names}))
+    image_train.main()
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["num_classes"] == 6
+
+
 def test_fine_tuning_goes_on_from_model_pt(data, one_rank, tmp_path, monkeypatch):
     """Train, fine-tune with label drop in a folder of its own, fine-tune again from there; started twice each."""
     import image_train
