@@ -110,7 +110,8 @@ def published_score(command: list, report: Path) -> float | None:
         [sys.executable, *map(str, command), "--json", str(report)], cwd=ROOT, text=True, stderr=subprocess.PIPE
     )
     if done.returncode:
-        print(f"left out: {done.stderr.strip().splitlines()[-1]}")
+        _, _, reason = done.stderr.strip().rpartition("error: ")
+        print(f"{command[0]} is left out: {reason}")
         return None
     return json.loads(report.read_text())["score"]
 
