@@ -39,8 +39,8 @@ def main() -> None:
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
         # Rank 0 reads for all: the other hosts need not see its log directory.
         recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))
-        if recorded is None:  # as many classes as the data set has
-            flags.setdefault("num_classes", get_spec(data.dataset_mode, data.data_dir or None).num_classes)
+        if recorded is None and "num_classes" not in flags:  # as many as the data set has
+            flags["num_classes"] = get_spec(data.dataset_mode, data.data_dir or None).num_classes
         model_config = build_config(ModelConfig, flags, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, flags, recorded and recorded["diffusion"], source)
         resolve_precision(config.precision, model_config.use_fp16)
