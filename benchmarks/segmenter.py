@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "evaluations"))
+sys.path.append(str(ROOT / "evaluations"))  # last: its lpips.py must not hide the package
 
 from frechet import FeatureStatistics, frechet_distance  # noqa: E402
 from result_folders import by_name, list_images, load_rgb  # noqa: E402
