@@ -246,8 +246,8 @@ def remove_leftovers(folder: str) -> None:
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         manifest = name.removeprefix(".").removesuffix(".part")
         if name == f".{manifest}.part" and _MANIFEST.fullmatch(manifest):
-            begun = [] if os.path.exists(os.path.join(folder, manifest)) else _read_json(os.path.join(folder, name))
-            for part in begun["files"] if begun else []:
+            begun = {} if os.path.exists(os.path.join(folder, manifest)) else _read_json(os.path.join(folder, name))
+            for part in begun.get("files", []):
                 with contextlib.suppress(OSError):
                     os.remove(os.path.join(folder, os.path.basename(part)))
         if re.search(r"\.tmp\d+$|^\..*\.part$", name):  # those of atomic_write and of save_png

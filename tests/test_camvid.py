@@ -72,8 +72,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-def results_of(trained: Path, folder: Path, samples: dict[str, list[np.ndarray]]) -> Path:
-    """A results folder with the validation photographs and these samples by sub-folder."""
+def results_of(folder: Path, samples: dict[str, list[np.ndarray]]) -> Path:
+    """A results folder of these pictures, uint8 [H, W, 3], by sub-folder."""
     for sub, pictures in samples.items():
         (folder / sub).mkdir(parents=True)
         for i, picture in enumerate(pictures):
@@ -110,16 +110,16 @@ def test_feature_scores_at_their_ends(trained, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     dark = [(picture * 0.9).astype(np.uint8) for picture in real]
     noise = [rng.integers(0, 256, picture.shape, dtype=np.uint8) for picture in real]
-    same = results_of(trained, tmp_path / "same", {"images": real, "samples_00": real, "samples_01": real})
+    same = results_of(tmp_path / "same", {"images": real, "samples_00": real, "samples_01": real})
     scores = score(trained, same, monkeypatch)
     assert scores["feature_distance"] == pytest.approx(0, abs=1e-6)
     assert scores["feature_diversity"] == pytest.approx(0, abs=1e-9)
     near, far = (
-        score(trained, results_of(trained, tmp_path / name, {"images": real, "samples": other}), monkeypatch)
+        score(trained, results_of(tmp_path / name, {"images": real, "samples": other}), monkeypatch)
         for name, other in (("dark", dark), ("noise", noise))
     )
     assert 0 < near["feature_distance"] < far["feature_distance"]
-    two = results_of(trained, tmp_path / "two", {"images": real, "samples_00": real, "samples_01": noise})
+    two = results_of(tmp_path / "two", {"images": real, "samples_00": real, "samples_01": noise})
     assert score(trained, two, monkeypatch)["feature_diversity"] > 0.1
 
 
