@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,6 +21,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from preparation import link_or_copy  # noqa: E402
+
 UNLABELLED = 11
 
 
@@ -141,8 +144,7 @@ def main_scores(args: argparse.Namespace) -> dict[str, dict]:
     for name, split in (("images", "val"), ("samples", "test")):
         (both / name).mkdir(parents=True, exist_ok=True)
         for file in (args.out / "results" / split / "images").glob("*.png"):
-            if not (both / name / file.name).exists():
-                os.link(file, both / name / file.name)
+            link_or_copy(file, both / name / file.name)
     scores["photographs_val_and_test"] = feature_score(both, args)
     return scores
 
@@ -154,11 +156,10 @@ def between_scenes(args: argparse.Namespace) -> float:
     for shift in range(10):
         (folder / f"samples_{shift:02d}").mkdir(parents=True, exist_ok=True)
         for index, file in enumerate(files):
-            target = folder / f"samples_{shift:02d}" / file.name
-            if not target.exists():
-                os.link(files[(index + 10 * shift) % len(files)], target)
-    if not (folder / "images").exists():
-        shutil.copytree(args.out / "results" / "val" / "images", folder / "images")
+            link_or_copy(files[(index + 10 * shift) % len(files)], folder / f"samples_{shift:02d}" / file.name)
+    (folder / "images").mkdir(exist_ok=True)
+    for file in (args.out / "results" / "val" / "images").glob("*.png"):
+        link_or_copy(file, folder / "images" / file.name)
     return feature_score(folder, args)["feature_diversity"]
 
 
