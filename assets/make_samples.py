@@ -1,8 +1,8 @@
 """Draws pages of samples from a results folder: one sample of several layouts, or several samples of few layouts.
 
     python assets/make_samples.py --run OUTPUT/quickstart --results results --out assets/quickstart.png
-    python assets/make_samples.py --run OUTPUT/camvid --results results/test --out assets/results.png
-    python assets/make_samples.py --run OUTPUT/camvid --results results/several --out assets/diversity.png
+    python assets/make_samples.py --run OUTPUT/camvid-cpu --results results/test --out assets/results.png
+    python assets/make_samples.py --run OUTPUT/camvid-cpu --results results/several --out assets/diversity.png
 
 Layouts are taken at equal distances in the order of their names. RUN holds the data set, in dataset_mode
 custom, and the results.

@@ -1,6 +1,6 @@
 """Scores the CamVid run of scripts/camvid.sh and compares settings, one row each with its cost.
 
-    python benchmarks/camvid.py --out OUTPUT/camvid --ema 0.995 --steps 2400 --precision bf16 --ranks 2
+    python benchmarks/camvid.py --out OUTPUT/camvid-cpu --ema 0.995 --steps 2400 --precision bf16 --ranks 2
 
 Reads the checkpoints and samples in OUT, makes the samples of the comparison in OUT/compared (what is there is not made
 again), and writes OUT/figures.json, the tables OUT/figures.md and the plot OUT/quality.png. FID and LPIPS are scored
@@ -252,7 +252,7 @@ def plot(figures: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "OUTPUT" / "camvid", help="what scripts/camvid.sh wrote")
+    parser.add_argument("--out", type=Path, default=ROOT / "OUTPUT" / "camvid-cpu", help="what scripts/camvid.sh wrote")
     parser.add_argument("--ema", required=True, help="the EMA rate that was trained with")
     parser.add_argument("--steps", type=int, required=True, help="the training steps")
     parser.add_argument("--precision", default="bf16")

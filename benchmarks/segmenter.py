@@ -1,7 +1,7 @@
 """A small segmentation network for scoring samples where pretrained networks cannot be had.
 
-    python benchmarks/segmenter.py train --data_dir data/camvid --image_size 48 --out OUTPUT/camvid/segmenter.pt
-    python benchmarks/segmenter.py score RESULTS --segmenter OUTPUT/camvid/segmenter.pt
+    python benchmarks/segmenter.py train --data_dir data/camvid --image_size 48 --out OUTPUT/camvid-cpu/segmenter.pt
+    python benchmarks/segmenter.py score RESULTS --segmenter OUTPUT/camvid-cpu/segmenter.pt
 
 `train` fits a U-Net to real photographs of a data set in dataset_mode custom and writes it as TorchScript, which
 evaluations/miou.py takes as its --segmenter. `score` uses its features: `feature distance` is the Frechet distance

@@ -2,12 +2,13 @@
 # CamVid from scratch: trains, fine-tunes with label drop, samples, scores, compares settings, draws the pictures.
 #   CAMVID=path/to/CamVid bash scripts/camvid.sh            the CPU's size: 64x48 pixels, under two hours on two cores
 #   CAMVID=path/to/CamVid SIZE=gpu bash scripts/camvid.sh   192x144 pixels; made for one H100
-# CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT (OUTPUT/camvid).
+# CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT
+# (OUTPUT/camvid-cpu or OUTPUT/camvid-gpu).
 # Started again, it goes on where it was. STEPS and RANKS change the length of training and the number of processes.
 camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; the README says where it comes from}")
 source "$(dirname "$0")/common.sh"
 use_environment mpi,plots
-size=${SIZE:-cpu} out=${OUT:-OUTPUT/camvid}
+size=${SIZE:-cpu} out=${OUT:-OUTPUT/camvid-$size}
 case $size in
   cpu)
     ranks=${RANKS:-2} steps=${STEPS:-2400} precision=bf16 pixels=48
