@@ -26,7 +26,9 @@ def main() -> None:
     classes = [SampleConfig, DataConfig, ModelConfig, DiffusionConfig]
     flags = parse_flags(classes, description=__doc__)
     world = dist_util.setup()
-    with dist_util.report_errors(world, (ConfigError, ValueError, FileNotFoundError, checkpoints.CheckpointError)):
+    with dist_util.report_errors(
+        world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, checkpoints.CheckpointError)
+    ):
         config = build_config(SampleConfig, flags)
         config.check()
         recorded = checkpoints.read_config(config.model_path)

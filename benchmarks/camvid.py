@@ -71,7 +71,8 @@ def compared(ema: str, steps: int) -> list[Row]:
 def run(command: list, **options) -> subprocess.CompletedProcess:
     """A script of this repository, from its root."""
     command = [str(part) for part in command]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, **options)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, check=True, **options)
 
 
 def sample(row: Row, args: argparse.Namespace) -> Path:

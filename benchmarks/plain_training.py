@@ -69,8 +69,9 @@ class ChannelsFirstUNet(UNetModel):
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         layout = Layout(y.contiguous())
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        h, skips = x.contiguous(), []
+        # .to: one float32 input would make every layer after it float32
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
+        h, skips = x.to(self.dtype).contiguous(), []
         for stage in self.input_blocks:
             h = stage(h, emb)
             skips.append(h)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "evaluations"))  # last: its lpips.py must not hide the package
 
 from frechet import FeatureStatistics, frechet_distance  # noqa: E402
-from result_folders import by_name, list_images, load_rgb  # noqa: E402
+from result_folders import by_name, list_images, load_rgb, sample_folders  # noqa: E402
 from segmenters import IMAGENET_DEVIATION, IMAGENET_MEAN  # noqa: E402
 
 from guided_diffusion.image_datasets import open_dataset, sampling_batches, training_batches  # noqa: E402
@@ -183,7 +183,7 @@ def score(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = torch.jit.load(str(args.segmenter), map_location=device).eval()
     started = time.perf_counter()
-    folders = sorted(path for path in args.results.glob("samples*") if path.is_dir())
+    folders = sample_folders(args.results, print)
     if not folders or not (args.results / "images").is_dir():
         raise SystemExit(
             f"error: {args.results} needs images/ and samples/ (or samples_00/ ...): name a results folder"

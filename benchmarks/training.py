@@ -4,9 +4,10 @@
     python benchmarks/training.py --device cuda          the published ADE20K network: 256 px, 256 channels
     python benchmarks/training.py --device cuda --size cpu   the small one, to try it
 
-Variants are measured in rounds, each taking a few steps in turn, so that a busy machine slows all of them alike; ratios
-compare medians. Peak memory is measured in a process of its own per variant. Ends with 1 against 2 ranks at an equal
-global batch, through image_train.py. Writes a table, JSON and a plot.
+On a CPU variants are measured in rounds, each taking a few steps in turn, so that a busy machine slows all of them
+alike, and peak memory in a process of its own per variant. A GPU does not hold them all: there a process of its own
+measures both, the plain way's first and once more at the end. Ratios compare medians. Ends with 1 against 2 ranks at
+an equal global batch, through image_train.py, where there are 2 GPUs. Writes a table, JSON and a plot.
 """
 
 from __future__ import annotations
@@ -137,25 +138,28 @@ def measure_speed(made: dict, device: torch.device, rounds: int) -> dict[str, li
     return seconds
 
 
-def peak_memory(key: str, args: argparse.Namespace, data: Path) -> float:
-    """GiB at the peak of two steps, in a process of its own: of the GPU, or of the process above its start."""
-    command = [sys.executable, __file__, "--memory_of", key, "--data", str(data), "--device", args.device]
+def measure_alone(key: str, args: argparse.Namespace, data: Path) -> dict:
+    """A variant in a process of its own: `peak_gib`, `bytes_sent` per step and, on a GPU, `seconds` of its steps."""
+    command = [sys.executable, __file__, "--alone", key, "--data", str(data), "--device", args.device]
     command += ["--size", args.size, "--batch_size", str(args.batch_size), "--threads", str(args.threads)]
+    command += ["--rounds", str(args.rounds)]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(args.threads))
     if done.returncode:
         raise RuntimeError(f"{key}: {done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def print_memory(key: str, args: argparse.Namespace) -> None:
+def print_alone(key: str, args: argparse.Namespace) -> None:
+    """What `measure_alone` reads. Peak memory is the GPU's, or that of the process above its start."""
     device = torch.device(args.device)
     before = _peak_resident()
     with tempfile.TemporaryDirectory() as scratch:
         variant = make_variant(key, Path(args.data), args.size, args.batch_size, device, Path(scratch))
         for _ in range(2):  # the second has the optimizer's averages from the start
             variant.step()
+        seconds = [timed_step(variant, device) for _ in range(2 * args.rounds)] if device.type == "cuda" else []
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _peak_resident() - before
-    print(peak)
+    print(json.dumps({"peak_gib": peak, "bytes_sent": variant.bytes_sent, "seconds": seconds}))
 
 
 def _peak_resident() -> float:
@@ -191,7 +195,8 @@ def _cpu_name() -> str:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
 
 
 def table(results: dict[str, dict[str, float]], names: dict[str, str]) -> str:
@@ -247,7 +252,7 @@ def parse_arguments() -> argparse.Namespace:
         "--ranks", type=int, default=1, help="0: leave out 1 against 2 ranks, for which a machine has too few GPUs"
     )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_DEVICE.json, .png beside it")
-    parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     parser.add_argument("--data", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.size = args.size or ("cpu" if args.device == "cpu" else "published")
@@ -259,20 +264,25 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    if args.memory_of:
-        return print_memory(args.memory_of, args)
+    if args.alone:
+        return print_alone(args.alone, args)
     device = torch.device(args.device)
     names = variants(device, args.precisions.split(","))
     keys = args.only.split(",") if args.only else list(names)
     with tempfile.TemporaryDirectory() as temporary:
         data, scratch = Path(temporary) / "data", Path(temporary)
         draw_data(data, SIZES[args.size]["image_size"])
-        made = {key: make_variant(key, data, args.size, args.batch_size, device, scratch) for key in keys}
-        seconds = measure_speed(made, device, args.rounds)
-        sent = {key: variant.bytes_sent / args.batch_size for key, variant in made.items()}
-        del made
+        seconds = {}
+        if device.type == "cpu":
+            made = {key: make_variant(key, data, args.size, args.batch_size, device, scratch) for key in keys}
+            seconds = measure_speed(made, device, args.rounds)
+            del made
+        alone = {key: measure_alone(key, args, data) for key in tqdm(keys, desc="each in a process of its own")}
+        if device.type == "cuda":
+            seconds = {key: run["seconds"] for key, run in alone.items()}
+            seconds["plain"] += measure_alone("plain", args, data)["seconds"]
         results = {}
-        for key in tqdm(keys, desc="memory"):
+        for key in keys:
             median = statistics.median(seconds[key])
             results[key] = dict(
                 seconds_per_step=median,
@@ -280,26 +290,29 @@ def main() -> None:
                 images_per_second=args.batch_size / median,
                 speedup=statistics.median(seconds["plain"]) / median,
                 speedup_of_fastest=min(seconds["plain"]) / min(seconds[key]),
-                peak_gib=peak_memory(key, args, data),
-                bytes_per_image=sent[key],
+                peak_gib=alone[key]["peak_gib"],
+                bytes_per_image=alone[key]["bytes_sent"] / args.batch_size,
             )
-        ranks = measure_ranks(args, data, scratch) if args.ranks else {}
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
-    title = f"Training at {SIZES[args.size]['image_size']} px, {CLASSES} classes, batch {args.batch_size}, on " + (
-        machine if device.type == "cuda" else f"{args.threads} CPU core{'s' * (args.threads > 1)}"
-    )
-    print(title, table(results, names), sep="\n")
-    if ranks:
-        print(f"1 rank: {ranks['1']:.2f} images/s; 2 ranks, equal global batch and cores: {ranks['2']:.2f} images/s")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = dict(
-        command=" ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
-        machine=machine, torch=torch.__version__, network=SIZES[args.size] | SETTINGS, batch_size=args.batch_size,
-        results=results, images_per_second_of_ranks=ranks, seconds=seconds,
-    )  # fmt: skip
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    plot(results, names, title, args.out.with_suffix(".png"))
-    print(f"{args.out}, {args.out.with_suffix('.png')}")
+        machine = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
+        title = f"Training at {SIZES[args.size]['image_size']} px, {CLASSES} classes, batch {args.batch_size}, on " + (
+            machine if device.type == "cuda" else f"{args.threads} CPU core{'s' * (args.threads > 1)}"
+        )
+        print(title, table(results, names), sep="\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        record = dict(
+            command=" ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
+            machine=machine, torch=torch.__version__, network=SIZES[args.size] | SETTINGS, batch_size=args.batch_size,
+            results=results, seconds=seconds,
+        )  # fmt: skip
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        plot(results, names, title, args.out.with_suffix(".png"))
+        print(f"{args.out}, {args.out.with_suffix('.png')}")
+        if args.ranks and (device.type == "cpu" or torch.cuda.device_count() > 1):
+            ranks = measure_ranks(args, data, scratch)
+            print(
+                f"1 rank: {ranks['1']:.2f} images/s; 2 ranks, equal global batch and cores: {ranks['2']:.2f} images/s"
+            )
+            args.out.write_text(json.dumps(record | {"images_per_second_of_ranks": ranks}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from command_line import (
     run,
 )
 from network_weights import PublishedWeights, Weights, fill_network, find_weights
-from result_folders import by_name, check_images, list_images, load_rgb, read_images, read_names, shown
+from result_folders import by_name, check_images, list_images, load_rgb, read_images, read_names, sample_folders, shown
 from torch import nn
 from tqdm import tqdm
 
@@ -159,7 +159,7 @@ def find_layouts(path: Path, test_list: Path | None, skip_bad: bool, report: Rep
     """
     if not path.is_dir():
         raise EvaluationError(f"{path}: no such folder")
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and entry.name.startswith("samples"))
+    folders = sample_folders(path, report.warn)
     if len(folders) < 2:
         found = f"only {folders[0].name}" if folders else "none"
         raise EvaluationError(

@@ -172,7 +172,7 @@ def at_label_size(
             return scores[0].argmax(0)
         prediction = prediction.argmax(0)
     if prediction.shape == height_width:
-        return prediction
+        return prediction.long()  # bytes would index as a mask
     if interpolation != "nearest":
         raise EvaluationError(
             f"{path}: predicted ids of {prediction.shape[1]}x{prediction.shape[0]} for a label map of "

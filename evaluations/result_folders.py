@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,25 @@ def by_name(images: Iterable[Path]) -> dict[str, Path]:
             raise EvaluationError(f"{path} and {named[path.stem].name} have the same name; remove one of them")
         named[path.stem] = path
     return named
+
+
+def sample_folders(results: Path, warn: Callable[[str], None]) -> list[Path]:
+    """The sub-folders of a results folder whose names begin with `samples`, each holding a sample of every layout.
+
+    `samples` beside `samples_00` is left out with a warning: sampling makes the first sample twice, under either name.
+    Raises EvaluationError for samples_00 beside samples_000, of runs with different numbers of samples.
+    """
+    folders = sorted(entry for entry in results.iterdir() if entry.is_dir() and entry.name.startswith("samples"))
+    numbered = [entry.name for entry in folders if re.fullmatch(r"samples_0\d+", entry.name)]
+    first = [name for name in numbered if not int(name.removeprefix("samples_"))]
+    if len(first) > 1:
+        raise EvaluationError(
+            f"{results}: {shown(first)} are of different runs and hold the same samples; move one run's folders away"
+        )
+    if first and results / "samples" in folders:
+        warn(f"{results}: samples/ is left out, since {first[0]}/ holds the same samples")
+        folders.remove(results / "samples")
+    return folders
 
 
 def read_names(file: Path) -> list[str]:

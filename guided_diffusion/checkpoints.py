@@ -185,15 +185,11 @@ def publish_set(
 
 
 def file_hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
-
-
-def _hash(file: BinaryIO) -> str:
-    """For Python 3.10, which has no `hashlib.file_digest`."""
+    """The SHA-256 of a file (local or a blobfile URL)."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with blobfile.BlobFile(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -213,9 +209,10 @@ def prune(folder: str, keep: int, newest: int) -> None:
                 os.remove(path)
 
 
-def lock(folder: str) -> IO[str] | None:
+def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
     """Takes the folder for this process, as long as the returned file is open; None where locks are not to be had.
 
+    :param flag: which gives the folder.
     :raises CheckpointError: another process has it; the message names that process.
     """
     try:
@@ -229,8 +226,7 @@ def lock(folder: str) -> IO[str] | None:
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise CheckpointError(
-            f"{folder} is in use by another training ({file.read().strip() or 'unknown'}): stop it, or give another "
-            "--logdir"
+            f"{folder} is in use by another run ({file.read().strip() or 'unknown'}): stop it, or give another --{flag}"
         ) from error
     except OSError:  # a file system without locks
         return None

@@ -103,7 +103,7 @@ class World:
 
     def sharing_memory(self) -> int:
         """How many ranks share the memory of this rank's device: all of a host's, on the CPU. A collective."""
-        place = (socket.gethostname(), str(self.device))
+        place = (socket.gethostname(), _device_identity(self.device))
         return self.gather(place).count(place)
 
     def barrier(self) -> None:
@@ -268,11 +268,16 @@ def _connect(world: World, address: str, port: int, *, store: dist.Store | None 
     return world
 
 
+def _device_identity(device: torch.device) -> str:
+    """A GPU's own number: its index may be 0 for every rank that sees one GPU only."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else str(device)
+
+
 def _check_gpus(world: World) -> None:
     """:raises RuntimeError: two ranks have come to the same GPU. A collective."""
     if world.device.type != "cuda":
         return
-    mine = (socket.gethostname(), str(torch.cuda.get_device_properties(world.device).uuid))
+    mine = (socket.gethostname(), _device_identity(world.device))
     others = world.gather(mine)
     if len(set(others)) < len(others):
         raise RuntimeError(

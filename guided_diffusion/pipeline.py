@@ -7,9 +7,12 @@ images[0].save("sample.png")
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,6 +196,7 @@ class SDMPipeline:
 
         :param label: integers [N, 1, H, W], or [1, 1, H, W] for N samples of one layout; `instance` likewise.
         :param on_step: called after every step.
+        :raises FloatingPointError: the network's numbers left its precision's range.
         """
         height, width = label.shape[2:]
         self.model.check_size(height, width)
@@ -200,6 +204,7 @@ class SDMPipeline:
         y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
         noise = ImageNoise(seeds, (3, height, width), self.device)
         layout = self._layout(y, sampling.s > 1)
+        del y  # where scale and shift are kept, nothing else needs the maps
         diffusion = self.diffusion(sampling.timestep_respacing, sampling.num_steps)
         for step in sample_loop(
             diffusion,
@@ -217,6 +222,10 @@ class SDMPipeline:
             sample = step["sample"]
             if on_step is not None:
                 on_step()
+        if not bool(torch.isfinite(sample).all()):
+            precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.model.dtype)
+            remedy = "try --precision bf16" if precision == "fp16" else "has the training of this checkpoint diverged?"
+            raise FloatingPointError(f"the network's numbers are not finite in {precision}: {remedy}")
         return to_uint8(sample)
 
     def diffusion(self, timestep_respacing: str, num_steps: int) -> SpacedDiffusion:
@@ -279,6 +288,31 @@ def free_memory(device: torch.device) -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(min(int(fields["MemAvailable"].split()[0]) * 1024, _free_in_group()))
     except (OSError, KeyError):
         return 4 * 2**30  # not Linux: a careful guess
+
+
+def _free_in_group(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
+    """Bytes left under the limit of this process's control group (a container's, a SLURM job's); inf without one."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(own, encoding="ascii") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+        # version 2 has one group per process, version 1 one per resource; inside a container the root is the own group
+        places = [(f"{root}{path}", "memory.max", "memory.current") for _, kind, path in lines if not kind]
+        places += [(root, "memory.max", "memory.current")]
+        names = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        places += [(f"{root}/memory{path}", *names) for _, kind, path in lines if kind == "memory"]
+        places += [(f"{root}/memory", *names)]
+        return min((_left(*place) for place in places), default=math.inf)
+    return math.inf
+
+
+def _left(folder: str, limit: str, usage: str) -> float:
+    """A group's limit less its usage; cached files count as free. inf without a limit."""
+    try:
+        most, used = (int(Path(folder, name).read_text()) for name in (limit, usage))
+        stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+        return most - used + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # no such group, or the limit is "max"
+        return math.inf

@@ -140,16 +140,17 @@ class SampleRun:
     def _prepare(self) -> tuple[dict[int, list[int]], list[int]]:
         """Checks the folder and the layouts. Returns the samples to make, by layout, and the layouts whose samples are
         there but whose label map or photograph is not. On rank 0."""
-        for name in ("images", "labels", *self.sample_folders):
-            if name != "images" or self.dataset.has_images:
+        path = self.folder
+        try:
+            os.makedirs(path, exist_ok=True)
+            self._lock = checkpoints.lock(path, "results_path")  # held until the process ends
+            for name in ("images", "labels", *self.sample_folders):
                 path = os.path.join(self.folder, name)
-                try:
+                if name != "images" or self.dataset.has_images:
                     os.makedirs(path, exist_ok=True)
-                except OSError as error:
-                    raise checkpoints.CheckpointError(
-                        f"cannot write {path}: {error}; choose another --results_path"
-                    ) from error
                 checkpoints.remove_leftovers(path)
+        except OSError as error:
+            raise checkpoints.CheckpointError(f"cannot write {path}: {error}; choose another --results_path") from error
         self._check_record()
         todo = {}
         for layout, name in enumerate(self.dataset.names[: self.layouts]):
@@ -234,13 +235,17 @@ class SampleRun:
 
     def _make(self, pairs: list[tuple[int, int]], batch: dict[str, Any], on_step: Callable[[], Any]) -> None:
         self._save_inputs(batch)
-        pictures = self.pipeline.generate(
-            batch["label"],
-            batch.get("instance"),
-            seeds=[image_seed(self.config.seed, self.dataset.names[layout], index) for layout, index in pairs],
-            sampling=self.sampling,
-            on_step=on_step,
-        )
+        try:
+            pictures = self.pipeline.generate(
+                batch["label"],
+                batch.get("instance"),
+                seeds=[image_seed(self.config.seed, self.dataset.names[layout], index) for layout, index in pairs],
+                sampling=self.sampling,
+                on_step=on_step,
+            )
+        except FloatingPointError as error:
+            names = ", ".join(dict.fromkeys(self.dataset.names[layout] for layout, _ in pairs))
+            raise FloatingPointError(f"layouts {names}: {error}") from error
         for (layout, index), picture in zip(pairs, pictures, strict=True):
             self._save(picture, self.sample_folders[index], self.dataset.names[layout])
 

@@ -69,7 +69,7 @@ class Layout:
     def forget_map(self) -> None:
         """Frees the one-hot maps once every modulation is kept."""
         self._resized.clear()
-        self.y = self.y[..., :0]
+        self.y = self.y.new_empty((*self.y.shape[:-1], 0))  # a slice would keep all of it
 
 
 class _LookUp(torch.autograd.Function):

@@ -14,13 +14,16 @@ case $size in
     ranks=${RANKS:-2} steps=${STEPS:-2400} precision=bf16 pixels=48
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread per rank: the ranks are the parallelism
     network="--num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 --attention_resolutions 12,6 --num_head_channels 32"
-    batch=8 lr=5e-4 ema=0.995 interval=300 sampling_batch=16 ;;
+    batch=8 lr=5e-4 ema=0.995 sampling_batch=16 ;;
   gpu)
     ranks=${RANKS:-1} steps=${STEPS:-12000} precision=bf16 pixels=144
     network="--num_channels 128 --channel_mult 1,1,2,3,4 --num_res_blocks 2 --attention_resolutions 36,18,9 --num_head_channels 64"
-    batch=32 lr=2e-4 ema=0.999 interval=2000 sampling_batch=64 ;;
+    batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;
   *) echo "error: SIZE is $size; choose cpu or gpu" >&2; exit 2 ;;
 esac
+if ((steps % 24)); then echo "error: STEPS is $steps; give a multiple of 24 (its 4th, 6th and 8th part are used)" >&2; exit 2; fi
+interval=$((steps / 8))                            # a save falls on a quarter of the steps, which is compared
+launcher=$([ "$ranks" = 1 ] || echo mpiexec -n "$ranks") # one process needs no MPI
 data=$out/data segmenter=$out/segmenter.pt results=$out/results
 
 python scripts/prepare_camvid.py --source "$camvid" --out "$data"
@@ -37,7 +40,7 @@ sampling="--precision $precision --s 1.5 --sampler dpmsolver++ --num_steps 20"
 train() { # train LOGDIR STEPS FLAGS...
   local logdir=$1 steps=$2
   shift 2
-  mpiexec -n "$ranks" python image_train.py $model $training --logdir "$logdir" --max_steps "$steps" "$@"
+  $launcher python image_train.py $model $training --logdir "$logdir" --max_steps "$steps" "$@"
 }
 
 echo "1/6  the segmentation network that scores samples: $segmenter"
@@ -50,10 +53,10 @@ train "$out/finetune" $((steps / 6)) --lr "$(python -c "print($lr / 5)")" --drop
 echo "4/6  sampling: $results"
 best=$out/finetune/ema_${ema}_best.pt
 for split in val test; do
-  mpiexec -n "$ranks" python image_sample.py --model_path "$best" --results_path "$results/$split" --split "$split" \
+  $launcher python image_sample.py --model_path "$best" --results_path "$results/$split" --split "$split" \
     --batch_size "$sampling_batch" $sampling
 done
-mpiexec -n "$ranks" python image_sample.py --model_path "$best" --results_path "$results/several" --data_dir "$out/subset" \
+$launcher python image_sample.py --model_path "$best" --results_path "$results/several" --data_dir "$out/subset" \
   --samples_per_layout 10 --batch_size 10 $sampling
 echo "5/6  the same by loss weighting, for a quarter of the steps: $out/min_snr"
 train "$out/min_snr" $((steps / 4)) --lr "$lr" --warmup_steps 100 --loss_weighting min_snr

@@ -1,6 +1,8 @@
 """The chain of scripts/camvid.sh, but for the training: preparation, the segmentation network, tables."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,6 +123,13 @@ def test_feature_scores_at_their_ends(trained, tmp_path, monkeypatch):
     assert 0 < near["feature_distance"] < far["feature_distance"]
     two = results_of(tmp_path / "two", {"images": real, "samples_00": real, "samples_01": noise})
     assert score(trained, two, monkeypatch)["feature_diversity"] > 0.1
+
+
+def test_steps_whose_parts_are_no_saves_are_refused():
+    """A quarter of the steps is compared at the end: a save must fall on it."""
+    environment = {**os.environ, "CAMVID": str(ROOT), "VENV": "none", "STEPS": "1000"}
+    done = subprocess.run(["bash", "scripts/camvid.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "a multiple of 24" in done.stderr
 
 
 def test_rows_and_tables():

@@ -294,7 +294,7 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     code = "import sys; from guided_diffusion import checkpoints; checkpoints.lock(sys.argv[1])"
     held = checkpoints.lock(str(tmp_path))
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert result.returncode == 1 and f"in use by another training (process {os.getpid()} on" in result.stderr
+    assert result.returncode == 1 and f"in use by another run (process {os.getpid()} on" in result.stderr
     held.close()
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
 

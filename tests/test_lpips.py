@@ -247,6 +247,20 @@ def test_too_few_sample_folders(results, tmp_path):
         call("lpips", results, *RANDOM)
 
 
+def test_a_sample_counts_once_whatever_its_folder_is_called(results, capsys):
+    """`samples` and samples_00 of one results folder hold the same picture; so do samples_00 and samples_000."""
+    call("lpips", results, *RANDOM)
+    alone = last_number(capsys.readouterr().out)
+    shutil.copytree(results / "samples_00", results / "samples")
+    call("lpips", results, *RANDOM)
+    printed = capsys.readouterr()
+    assert last_number(printed.out) == alone
+    assert "samples/ is left out" in printed.err + printed.out
+    shutil.copytree(results / "samples_00", results / "samples_000")
+    with fails("samples_00, samples_000 are of different runs"):
+        call("lpips", results, *RANDOM)
+
+
 def test_a_layout_missing_from_one_folder_is_an_error_or_left_out(results, tmp_path, capsys):
     (results / "samples_01" / "002.png").unlink()
     with fails(r"1 of 4 layouts lack samples: 002 \(not in samples_01\)"):

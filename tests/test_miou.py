@@ -214,6 +214,24 @@ def test_input_size_mean_and_deviation_are_what_the_network_gets(results, three_
     assert shifted["segmenter"]["mean"] == [0, 0, 100]
 
 
+def test_a_network_that_answers_with_bytes(results, three_classes, torchscript, tmp_path):
+    """Ids as uint8, which would index as a mask, count like the same ids as integers."""
+
+    class Ids(torch.nn.Module):
+        def __init__(self, kind: torch.dtype):
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x):
+            return x.argmax(1).to(self.kind)
+
+    records = []
+    for kind in (torch.uint8, torch.int64):
+        torch.jit.script(Ids(kind)).save(tmp_path / "ids.pt")
+        records.append(score(results, "--num_classes", 3, segmenter=tmp_path / "ids.pt")["confusion"])
+    assert records[0] == records[1] and np.array(records[0]).sum() > 0
+
+
 def test_hugging_face_segmenter(results, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -7,10 +7,13 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import draw, save, write_custom
 from PIL import Image
 from sampling_helpers import run, save_checkpoint
 from training_helpers import finish, launch, wait_for
+
+from guided_diffusion import checkpoints
 
 LAYOUTS = 5
 FAST = ("--sampler", "ddpm", "--num_steps", "3", "--s", "1.5", "--batch_size", "2")
@@ -116,6 +119,24 @@ def test_a_run_goes_on_where_it_stopped(root, two_ranks):
         assert np.abs(new.astype(int) - old).max() <= 1
     assert "all are there" in sample(root, "again").stdout
     assert f"{LAYOUTS} images to make" in sample(root, "again", "--overwrite", "True").stdout
+
+
+def test_a_results_folder_belongs_to_one_run(root, two_ranks):
+    held = checkpoints.lock(str(root / "two"), "results_path")
+    result = sample(root, "two")
+    assert result.returncode == 1 and "in use by another run" in result.stdout and "--results_path" in result.stdout
+    held.close()
+
+
+def test_pictures_of_a_diverged_network_are_not_saved(root, tmp_path):
+    shutil.copytree(root / "run", tmp_path / "run")
+    path = tmp_path / "run" / "ema_0.9_best.pt"
+    weights = torch.load(path, weights_only=True)
+    torch.save({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, path)
+    flags = ("--model_path", str(path), "--results_path", str(tmp_path / "results"), *FAST)
+    result = run("image_sample.py", *flags)
+    assert result.returncode == 1 and "layouts scene0, scene1" in result.stdout and "not finite" in result.stdout
+    assert not list((tmp_path / "results" / "samples").iterdir())
 
 
 def test_two_configurations_do_not_mix(root, two_ranks):
