@@ -11,8 +11,7 @@ import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import CheckpointError, recorded_config
-from guided_diffusion.dataset_specs import DataError, MissingSplitError, get_spec
-from guided_diffusion.image_datasets import open_dataset
+from guided_diffusion.dataset_specs import DataError, get_spec
 from guided_diffusion.logger import Logger
 from guided_diffusion.script_util import (
     ConfigError,
@@ -26,6 +25,7 @@ from guided_diffusion.script_util import (
     resolve_precision,
 )
 from guided_diffusion.train_util import TrainingDiverged, TrainLoop
+from guided_diffusion.training_data import open_splits
 
 
 def main() -> None:
@@ -43,6 +43,11 @@ def main() -> None:
             flags["num_classes"] = get_spec(data.dataset_mode, data.data_dir or None).num_classes
         model_config = build_config(ModelConfig, flags, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, flags, recorded and recorded["diffusion"], source)
+        # Neither flag is binding: where one is given, it counts, else what the run was trained in.
+        if config.precision and "use_fp16" not in flags:
+            model_config = dataclasses.replace(model_config, use_fp16=False)
+        elif recorded and "use_fp16" not in flags:
+            config.precision = recorded.get("training", {}).get("precision", "")
         resolve_precision(config.precision, model_config.use_fp16)
 
         dataset, validation = open_splits(data, config, model_config)
@@ -67,31 +72,6 @@ def main() -> None:
             record=record,
         ).run()
         logger.close()
-
-
-def open_splits(data: DataConfig, config: TrainConfig, model: ModelConfig):
-    """The training split, and the evaluation split where there is one."""
-    common = dict(
-        data_dir=data.data_dir,
-        dataset_mode=data.dataset_mode,
-        image_size=model.image_size,
-        num_classes=model.num_classes,
-        use_instances=not model.no_instance,
-        seed=config.seed,
-        skip_bad=config.skip_bad,
-    )
-    dataset = open_dataset(
-        split="train", random_crop=config.random_crop, random_flip=config.random_flip,
-        scale_jitter=config.scale_jitter, **common,
-    )  # fmt: skip
-    if dataset.has_instances == model.no_instance:
-        raise ConfigError(
-            f"{data.data_dir} has no instance maps, and the network expects their edges: give --no_instance True"
-        )
-    try:
-        return dataset, open_dataset(split="val", **common)
-    except MissingSplitError:
-        return dataset, None
 
 
 if __name__ == "__main__":

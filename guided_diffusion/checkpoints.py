@@ -142,7 +142,7 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
                 torch.save(made, file)
             files[name] = {"size": os.path.getsize(path), "sha256": file_hash(path)}
         write_json(manifest_path, {"step": step, "files": files, **manifest})
-    except CheckpointError:
+    except BaseException:
         for path in (manifest_path, *(os.path.join(folder, name) for name in files)):
             with contextlib.suppress(OSError):
                 os.remove(path)
@@ -169,8 +169,8 @@ def publish_set(
     for rate in rates:
         known, loss = best.get(rate, {}), losses.get(rate)
         before = known.get("loss") if known.get("measure") == measure else None
-        if loss is not None and not math.isfinite(loss):
-            loss = math.inf  # worse than any, but better than no file at all
+        if (loss is None and measure is not None) or (loss is not None and not math.isfinite(loss)):
+            loss = math.inf  # not a number, or not measured: worse than any, but better than no file at all
         # Without a loss the latest counts as the best.
         if loss is not None and rate in best and loss >= (math.inf if before is None else before):
             continue
@@ -201,10 +201,11 @@ def prune(folder: str, keep: int, newest: int) -> None:
     """
     steps = [step for step in _manifest_steps(folder) if step <= newest]
     for step in steps[:-keep] if keep > 0 else []:
-        manifest = os.path.join(folder, manifest_name(step))
-        names = _read_json(manifest).get("files", {})
-        # The manifest first: a set that is half removed must not count.
-        for path in (manifest, *(os.path.join(folder, name) for name in names)):
+        names = read_manifest(folder, step).get("files", {})
+        # The manifest first, as a set that is half removed must not count; it stays as the note of what is to go.
+        note = os.path.join(folder, f".{manifest_name(step)}.part")
+        os.replace(os.path.join(folder, manifest_name(step)), note)
+        for path in (*(os.path.join(folder, name) for name in names), note):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
 
@@ -262,24 +263,30 @@ def _manifest_steps(folder: str) -> list[int]:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with blobfile.BlobFile(path, "r") as file:
             content = json.load(file)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
-def damage(folder: str, step: int) -> str | None:
-    """What is wrong with the set of `step`; None where it is complete."""
-    manifest = _read_json(os.path.join(folder, manifest_name(step)))
+def damage(folder: str, step: int, whole: bool = True) -> str | None:
+    """What is wrong with the set of `step`; None where it is complete.
+
+    :param whole: False for a set of another run, of which parts, or the manifest, may have been left behind.
+    """
+    manifest = read_manifest(folder, step)
     if "files" not in manifest:
-        return f"{manifest_name(step)} cannot be read"
+        return f"{manifest_name(step)} cannot be read" if whole else None
     for name, expected in manifest["files"].items():
-        path = os.path.join(folder, name)
-        if not os.path.exists(path):
+        path = blobfile.join(folder, name) if folder else name
+        if not blobfile.exists(path):
+            if not whole:
+                continue
             return f"{name} is missing"
-        if os.path.getsize(path) != expected["size"]:
-            return f"{name} has {os.path.getsize(path)} bytes, not {expected['size']}"
+        size = blobfile.stat(path).size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes, not {expected['size']}"
         try:
             if file_hash(path) != expected["sha256"]:
                 return f"the content of {name} has changed since it was saved"
@@ -296,7 +303,7 @@ def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] 
     for step in reversed(_manifest_steps(folder)):
         problem = damage(folder, step)
         if problem is None:
-            return _read_json(os.path.join(folder, manifest_name(step)))
+            return read_manifest(folder, step)
         warn(f"warning: the checkpoint of step {step} in {folder} is damaged ({problem}); trying the one before")
     return None
 
@@ -386,7 +393,7 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:
     """The manifest of `step`; empty where there is none (a checkpoint of another program)."""
-    return _read_json(os.path.join(folder, manifest_name(step)))
+    return _read_json(blobfile.join(folder, manifest_name(step)) if folder else manifest_name(step))
 
 
 def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:

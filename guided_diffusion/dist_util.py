@@ -38,7 +38,8 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, launcher: str = "python"):
         self.rank, self.size, self.local_rank, self.launcher = rank, size, local_rank, launcher
-        self.device = _choose_device(local_rank)
+        # One of several chooses when the others can hear of a failure: in _connect.
+        self.device = _choose_device(local_rank) if size == 1 else torch.device("cpu")
         self._control: dist.ProcessGroup | None = None
         self._monitor: RankMonitor | None = None
 
@@ -100,6 +101,25 @@ class World:
         for tensor in tensors:
             dist.broadcast(tensor, src=0, group=self._control)
         return tree if self.is_main else skeleton
+
+    def collect_trees(self, tree: Any) -> list[Any]:
+        """Every rank's nested dicts, lists and tuples with CPU tensors in them, by rank, on rank 0; empty elsewhere. A
+        collective."""
+        tensors: list[torch.Tensor] = []
+        skeletons = self.gather(_map_tensors(tree, lambda t: _Slot(tensors, t)))
+        if not self.is_main:
+            for tensor in tensors:
+                dist.send(tensor, dst=0, group=self._control)
+            return []
+        trees = [tree]
+        for rank in range(1, self.size):
+            received: list[torch.Tensor] = []
+            trees.append(
+                _map_slots(skeletons[rank], lambda slot: _append(received, torch.empty(slot.shape, dtype=slot.dtype)))  # noqa: B023
+            )
+            for tensor in received:
+                dist.recv(tensor, src=rank, group=self._control)
+        return trees
 
     def sharing_memory(self) -> int:
         """How many ranks share the memory of this rank's device: all of a host's, on the CPU. A collective."""
@@ -179,7 +199,9 @@ def setup() -> World:
     :raises RuntimeError: an MPI launcher started it, but mpi4py cannot be imported or belongs to another MPI.
     """
     environment = os.environ
-    if "RANK" in environment and "WORLD_SIZE" in environment and "MASTER_ADDR" in environment:
+    # Containers may say that they are one of one, whatever mpiexec starts in them.
+    alone = environment.get("WORLD_SIZE") == "1" and _mpi_size(environment) > 1
+    if "RANK" in environment and "WORLD_SIZE" in environment and "MASTER_ADDR" in environment and not alone:
         rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         world = World(rank, size, int(environment.get("LOCAL_RANK", 0)), "torchrun")
         # torchrun's agent may host the store itself.
@@ -200,7 +222,13 @@ def setup() -> World:
 def mpi_available() -> bool:
     """Whether `mpiexec` could start several processes of this program: mpi4py is installed and finds its library."""
     # In a process of its own: importing mpi4py.MPI initializes MPI.
-    return subprocess.run([sys.executable, "-c", "from mpi4py import MPI"], capture_output=True).returncode == 0
+    try:
+        return (
+            subprocess.run([sys.executable, "-c", "from mpi4py import MPI"], capture_output=True, timeout=30).returncode
+            == 0
+        )
+    except subprocess.TimeoutExpired:  # it is there, but does not work outside its launcher
+        return True
 
 
 def _setup_mpi() -> World | None:
@@ -216,7 +244,7 @@ def _setup_mpi() -> World | None:
             "Install both: pip install mpi4py mpich"
         ) from error
     comm = MPI.COMM_WORLD
-    expected = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    expected = _mpi_size(os.environ)
     if comm.Get_size() == 1 and max(expected, step_tasks) > 1:
         if step_tasks > 1:
             return None
@@ -225,20 +253,31 @@ def _setup_mpi() -> World | None:
             f"({MPI.Get_library_version().splitlines()[0]}). Use the mpiexec of that MPI, or torchrun."
         )
     local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
-    world = World(comm.Get_rank(), comm.Get_size(), local_rank, "mpiexec")
-    if world.size == 1:
+    rank, size = comm.Get_rank(), comm.Get_size()
+    if size == 1:
         MPI.Finalize()
-        return world
+        return World(rank, size, local_rank, "mpiexec")
     hosts = comm.allgather(socket.gethostname())
-    address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(hosts)) == 1 else _routable_address())
-    store = None
-    if world.is_main:
-        store = dist.TCPStore("0.0.0.0", 0, world.size, is_master=True, wait_for_workers=False)
-    address, port = comm.bcast((address, store.port if store is not None else None))
+    store, meeting, error = None, None, None
+    if rank == 0:
+        try:
+            address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(hosts)) == 1 else _routable_address())
+            store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False)
+            meeting = address, store.port
+        except (OSError, RuntimeError) as failure:  # the others wait for an answer
+            error = str(failure)
+    meeting, error = comm.bcast((meeting, error))
     # MPI has introduced the ranks; its part is over. Finalized at exit instead, a failing rank would wait there for one
     # that is gone; and the loader's workers are forks, which MPI does not like.
     MPI.Finalize()
-    return _connect(world, address, port, store=store)
+    if error is not None:
+        raise RuntimeError(f"rank 0 cannot open a meeting point for the ranks: {error}")
+    return _connect(World(rank, size, local_rank, "mpiexec"), *meeting, store=store)
+
+
+def _mpi_size(environment: Mapping[str, str]) -> int:
+    """How many processes MPI's launcher says it started; 1 where it says nothing."""
+    return max(int(environment.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
 
 
 def _connect(world: World, address: str, port: int, *, store: dist.Store | None = None, hosted: bool = False) -> World:
@@ -251,20 +290,24 @@ def _connect(world: World, address: str, port: int, *, store: dist.Store | None 
     if interface is not None:  # gloo would take the one of the host's name, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an attempt before must not be read
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"group{attempt}", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
-    # The monitor notices a dead rank; a slow one (sampling, validating) may keep the others waiting for long.
-    world._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     # A client of its own: the monitor's thread must never wait for a lock that the main thread holds.
     client = dist.TCPStore(address, port, world.size, is_master=False, wait_for_workers=False)
-    _check_gpus(world)
     world._monitor = RankMonitor(dist.PrefixStore(f"monitor{attempt}", client), world.rank, world.size)
+    try:
+        world.device = _choose_device(world.local_rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"group{attempt}", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        # The monitor notices a dead rank; a slow one (sampling, validating) may keep the others waiting for long.
+        world._control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        _check_gpus(world)
+    except BaseException as error:
+        world._monitor.report(error)
+        raise
     return world
 
 

@@ -66,7 +66,8 @@ class MixedPrecisionTrainer:
             torch._foreach_mul_(gradients, 2.0**-self.log_loss_scale)
         norm = global_norm(gradients)
         if not bool(torch.isfinite(norm)):
-            self.log_loss_scale -= 1.0 if self.scaled else 0.0
+            # Not below 1: gradients that are not finite then are not the scale's fault, and small ones would vanish.
+            self.log_loss_scale = max(0.0, self.log_loss_scale - 1.0)
             return StepResult(False, norm)
         if self.max_grad_norm > 0:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

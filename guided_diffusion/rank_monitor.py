@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 BEAT_SECONDS = 2.0
 DEAD_AFTER_SECONDS = 30.0
+STARTING_SECONDS = 600.0  # so long may a rank take to start: hosts differ in how fast they read Python's files
 UNREACHABLE = "the rank that hosts the run's rendezvous (rank 0, or torchrun's agent) cannot be reached"
 
 
@@ -32,6 +33,7 @@ class RankMonitor:
         self.host = socket.gethostname()
         self.stopped = threading.Event()
         self.contact = time.monotonic()
+        store.set(f"beat{rank}", f"0@{self.host}")
         self.thread = threading.Thread(target=self._watch, daemon=True, name="rank monitor")
         self.thread.start()
         threading.Thread(target=self._watch_contact, daemon=True, name="contact monitor").start()
@@ -67,7 +69,9 @@ class RankMonitor:
             beat = self._beat(rank)
             if beat != last:
                 seen[rank] = (beat, now)
-            elif beat != "done" and now - since > DEAD_AFTER_SECONDS:
+            elif not beat and now - since > STARTING_SECONDS:
+                return f"rank {rank} has not started within {STARTING_SECONDS:.0f} s"
+            elif beat and beat != "done" and now - since > DEAD_AFTER_SECONDS:
                 host = beat.partition("@")[2] or "unknown"
                 return f"rank {rank} (host {host}) has given no sign of life for {now - since:.0f} s"
         return None

@@ -11,6 +11,7 @@ import blobfile
 import torch
 
 from . import checkpoints
+from .dist_util import World
 
 Log = Callable[[str], None]
 
@@ -64,7 +65,17 @@ def find_start(
         log(f"starting a new run from the weights in {resume_checkpoint}")
         return Start(model=resume_checkpoint)
     log(f"continuing at step {step} from {resume_checkpoint}")
-    seen = checkpoints.read_manifest(os.path.dirname(resume_checkpoint), step).get("samples_seen", step * global_batch)
+    folder = os.path.dirname(resume_checkpoint)
+    if not blobfile.exists(resume_checkpoint):
+        raise checkpoints.CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
+    if (problem := checkpoints.damage(folder, step, whole=False)) is not None:
+        raise checkpoints.CheckpointError(
+            f"the checkpoint of step {step} in {folder or '.'} is damaged ({problem}): start from another one"
+        )
+    manifest = checkpoints.read_manifest(folder, step)
+    if "samples_seen" not in manifest:
+        log(f"note: no {checkpoints.manifest_name(step)} beside it; the data goes on as after {step} steps")
+    seen = manifest.get("samples_seen", step * global_batch)
     return Start(step=step, samples_seen=seen, **_files_beside(resume_checkpoint, step, rates, log))
 
 
@@ -82,6 +93,25 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
 
 def _join(folder: str, name: str) -> str:
     return blobfile.join(folder, name) if folder else name
+
+
+def collect_sharded_state(optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Brings every rank's part of a ZeroRedundancyOptimizer's state to rank 0, for its `state_dict`. A collective.
+
+    In place of `consolidate_state_dict`, which sends each part to every GPU in one piece, and while packing it keeps
+    the interpreter from anything else: for minutes at the published size, in which the rank would pass for dead.
+    """
+    part = to_cpu(optimizer.optim.state_dict())
+    optimizer._all_state_dicts = world.collect_trees(part)
+
+
+def to_cpu(tree: Any) -> Any:
+    """Nested dicts and lists with their tensors copied to the CPU."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().cpu().contiguous()
+    if isinstance(tree, dict):
+        return {key: to_cpu(value) for key, value in tree.items()}
+    return [to_cpu(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ class TrainConfig:
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
     lr_anneal_steps: int = setting(0, "steps over which it falls to 0, where training ends; 0: it stays")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
-    ema_rate: str = setting("0.9999", "rates of the averaged weights, as 0.999,0.9999; the first one is validated")
+    ema_rate: str = setting("0.9999", "rates of the averaged weights, as 0.999,0.9999")
     drop_rate: float = setting(0.0, "share of samples whose layout is dropped, for guidance")
     schedule_sampler: str = setting("uniform", "timesteps to train on: uniform or loss-second-moment")
     max_steps: int = setting(0, "steps after which training ends; 0: until interrupted")
@@ -166,7 +166,13 @@ class TrainConfig:
         resolve_precision(self.precision, False)
         at_least = dict(batch_size=1, max_steps=0, log_interval=1, save_interval=1, max_bad_steps=1, warmup_steps=0)
         at_least |= dict(
-            lr=0.0, lr_anneal_steps=0, sample_interval=0, keep_checkpoints=0, val_images=0, max_grad_norm=0
+            lr=0.0,
+            weight_decay=0.0,
+            lr_anneal_steps=0,
+            sample_interval=0,
+            keep_checkpoints=0,
+            val_images=0,
+            max_grad_norm=0,
         )
         for name, least in at_least.items():
             if not getattr(self, name) >= least:

@@ -23,12 +23,12 @@ from .logger import Averages, Logger
 from .nn import update_ema
 from .pictures import save_png
 from .resample import create_schedule_sampler
-from .resume import Start, find_start, load_optimizer_state
+from .resume import Start, collect_sharded_state, find_start, load_optimizer_state, to_cpu
 from .script_util import ConfigError, DiffusionConfig, TrainConfig, create_gaussian_diffusion, resolve_precision
 from .seeding import normals, stable_seed, uniforms
 from .stop_signals import StopSignals
 from .unet import UNetModel
-from .validation import PREVIEW_SCALE, Validation, preview_page, to_network
+from .validation import PREVIEW_SCALE, Validation, ValidationFailed, preview_page, to_network
 
 PREVIEW_STEPS = 20
 
@@ -76,10 +76,11 @@ class TrainLoop:
         self.bad_steps = self.bad_in_a_row = 0
         self.saved_step: int | None = None
 
-        try:
-            model.check_size(*dataset.shape)
-        except ValueError as error:
-            raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
+        for split in (dataset, validation):
+            try:
+                model.check_size(*(split or dataset).shape)
+            except ValueError as error:
+                raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
         logger.log(
             f"{len(dataset)} training images of {dataset.shape[0]}x{dataset.shape[1]}, {dataset.num_classes} classes; "
             f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
@@ -91,16 +92,7 @@ class TrainLoop:
         self.model = model.to(world.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
         self.emas: dict[str, list[torch.Tensor]] = {}
-        self.start: Start = world.on_main(
-            lambda: find_start(
-                logdir,
-                config.resume_checkpoint,
-                config.ema_rates(),
-                world_size=world.size,
-                global_batch=self.global_batch,
-                log=logger.log,
-            )
-        )
+        self.start: Start = world.on_main(self._find_start)
         state = world.on_main(self.start.read)
         self._load_weights(state)
         self.optimizer = self._make_optimizer()
@@ -127,9 +119,29 @@ class TrainLoop:
             self.validation = Validation(
                 validation, self.diffusion, world, images=config.val_images, batch_size=self.microbatch
             )
+            for problem in self.validation.check():  # now, not at the first save
+                logger.log(f"note: left out of the validation: {problem}")
         self.averages = Averages(world.device, self.diffusion.num_timesteps)
 
     # -- beginning ----------------------------------------------------------------------------------------------------
+
+    def _find_start(self) -> Start:
+        """What the log directory or --resume_checkpoint offers. On rank 0."""
+        self._lock = None
+        if os.path.isdir(self.logdir):  # a run that is just saving its last step must not be read before it has
+            self._take_log_directory()
+        rates, sizes = self.config.ema_rates(), dict(world_size=self.world.size, global_batch=self.global_batch)
+        return find_start(self.logdir, self.config.resume_checkpoint, rates, **sizes, log=self.logger.log)
+
+    def _take_log_directory(self) -> None:
+        """:raises CheckpointError: another run has it, or it cannot be written."""
+        try:
+            os.makedirs(self.logdir, exist_ok=True)
+            self._lock = self._lock or checkpoints.lock(self.logdir)
+        except OSError as error:
+            raise checkpoints.CheckpointError(
+                f"cannot write to the log directory {self.logdir} ({error}): give another --logdir"
+            ) from error
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         options = dict(lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True)
@@ -144,7 +156,7 @@ class TrainLoop:
         if state["model"] is not None:
             checkpoints.load_state_into(self.model, state["model"], self.start.model)
         elif self.world.size > 1:  # the seed gives every rank the same weights; make sure of it
-            self.model.load_state_dict(self.world.broadcast_tree(_to_cpu(self.model.state_dict())))
+            self.model.load_state_dict(self.world.broadcast_tree(to_cpu(self.model.state_dict())))
         for rate in self.config.ema_rates():
             weights = state["emas"].get(rate) or self.model.state_dict()
             self.emas[rate] = [
@@ -178,9 +190,8 @@ class TrainLoop:
 
     def _open_log_directory(self) -> None:
         """Everything that could be refused has been checked: from here on there are files. On rank 0."""
+        self._take_log_directory()
         try:
-            os.makedirs(self.logdir, exist_ok=True)
-            self._lock = checkpoints.lock(self.logdir)
             checkpoints.remove_leftovers(self.logdir)
             self.logger.open(self.step)
         except OSError as error:
@@ -246,9 +257,11 @@ class TrainLoop:
                     with self._clock_stopped():
                         self._preview()
                 stop = self.world.max(signals.number)
-                if self.step % self.config.save_interval == 0 or stop:
+                due = self.step % self.config.save_interval == 0
+                if due or stop:
                     with self._clock_stopped():
-                        self.save()
+                        # A signal's sender may not wait for long: the next save measures.
+                        self.save(measure=due or self.step == self.last_step)
                 if stop:
                     name = signal.Signals(stop).name
                     self.logger.log(f"stopped by {name} at step {self.step}; all is saved")
@@ -389,22 +402,33 @@ class TrainLoop:
             save_png(page, os.path.join(self.logdir, f"preview_{self.step:06d}.png"))
             self.logger.image("preview", page, self.step)
 
-        self.world.on_main(draw)
+        try:
+            self.world.on_main(draw)
+        except (RuntimeError, OSError, ValueError) as error:  # a page is not worth a run
+            self.logger.log(f"warning: no preview of step {self.step}: {error}")
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, measure: bool = True) -> None:
         """Writes this step's checkpoint set, model.pt and, where it is better, ema_{rate}_best.pt. A collective.
 
+        :param measure: False: without the validation loss, which takes time; then it is not the best.
         :raises CheckpointError: nothing that was there before is harmed.
         """
         val_losses = {}
-        if self.validation is not None:
-            val_losses = {rate: self.validation.loss(self.model, self._named(rate)) for rate in self.emas}
-            self.logger.row({"step": self.step} | {f"val_loss_{rate}": loss for rate, loss in val_losses.items()})
-        if hasattr(self.optimizer, "consolidate_state_dict"):  # sharded: rank 0 collects the parts
-            self.optimizer.consolidate_state_dict(to=0)
+        if self.validation is not None and measure:
+            try:
+                val_losses = {rate: self.validation.loss(self.model, self._named(rate)) for rate in self.emas}
+            except ValidationFailed as error:
+                self.logger.log(f"warning: step {self.step} is saved without a validation loss: {error}")
+            else:
+                self.logger.row({"step": self.step} | {f"val_loss_{rate}": loss for rate, loss in val_losses.items()})
+        sharded = hasattr(self.optimizer, "consolidate_state_dict")
+        if sharded:
+            collect_sharded_state(self.optimizer, self.world)
         self.world.on_main(lambda: self._write(val_losses))
+        if sharded:
+            self.optimizer._all_state_dicts = []  # it has served
         self.saved_step = self.step
 
     def _write(self, val_losses: dict[str, float]) -> None:
@@ -416,11 +440,11 @@ class TrainLoop:
             "bad_in_a_row": self.bad_in_a_row,
         }
         # Functions: one file's content at a time is copied from the device.
-        contents = {checkpoints.model_name(step): lambda: _to_cpu(self.model.state_dict())}
+        contents = {checkpoints.model_name(step): lambda: to_cpu(self.model.state_dict())}
         for rate in self.emas:
-            contents[checkpoints.ema_name(rate, step)] = lambda rate=rate: _to_cpu(self._named(rate))
+            contents[checkpoints.ema_name(rate, step)] = lambda rate=rate: to_cpu(self._named(rate))
         contents[checkpoints.optimizer_name(step)] = lambda: {
-            **_to_cpu(self.optimizer.state_dict()), "trainer": trainer,
+            **to_cpu(self.optimizer.state_dict()), "trainer": trainer,
         }  # fmt: skip
         manifest = {"samples_seen": self.samples_seen, "world_size": self.world.size, "validation_loss": val_losses}
         manifest["measure"] = measure = self.validation.measure if self.validation is not None else None
@@ -433,11 +457,3 @@ class TrainLoop:
             f"saved step {step} in {folder}" + (f"; validation loss of {figures}" if figures else "")
             + (f"; new best: {', '.join(best)}" if best and val_losses else "")
         )  # fmt: skip
-
-
-def _to_cpu(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().cpu().contiguous()
-    if isinstance(tree, dict):
-        return {key: _to_cpu(value) for key, value in tree.items()}
-    return [_to_cpu(value) for value in tree] if isinstance(tree, list) else tree

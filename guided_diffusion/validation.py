@@ -14,6 +14,7 @@ import torch
 from torch.func import functional_call
 
 from .conditioning import drop_layouts, encode_label_map, instance_edges
+from .dataset_specs import DataError
 from .dist_util import World
 from .image_datasets import LayoutDataset, sampling_batches
 from .pictures import colorize, contact_sheet
@@ -59,6 +60,10 @@ def spread(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+class ValidationFailed(RuntimeError):
+    """The validation loss could not be measured; the message says why."""
+
+
 class Validation:
     """The denoising loss on a fixed set: the same images, timesteps and noise every time.
 
@@ -70,6 +75,26 @@ class Validation:
         self.indices = spread(images, len(dataset))
         self.batch_size = batch_size
 
+    def check(self) -> list[str]:
+        """Reads every image once. Returns what was left out, where the data set passes over bad files. A collective.
+
+        :raises DataError: a bad file; or no image is left.
+        """
+        bad = {}
+        for slot in list(range(len(self.indices)))[self.world.rank :: self.world.size]:
+            try:
+                next(sampling_batches(self.dataset, [self.indices[slot]], 1))
+            except DataError as error:
+                if not self.dataset.skip_bad:
+                    raise
+                bad[slot] = str(error)
+        for others in self.world.gather(bad):
+            bad |= others
+        self.indices = [index for slot, index in enumerate(self.indices) if slot not in bad]
+        if not self.indices:
+            raise DataError(f"no validation image can be read: {next(iter(bad.values()))}; or --val_images 0")
+        return [bad[slot] for slot in sorted(bad)]
+
     @property
     def measure(self) -> str:
         """What the losses are measured on, in words: those with another measure do not compare."""
@@ -78,9 +103,24 @@ class Validation:
         return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}"
 
     def loss(self, model: torch.nn.Module, weights: Weights) -> float:
-        """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective."""
+        """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective.
+
+        :raises ValidationFailed: on every rank, where one could not read or compute its part.
+        """
+        total, problem = torch.zeros(1, dtype=torch.float64), None
+        try:
+            total += self._sum(model, weights)
+        except (RuntimeError, OSError, ValueError) as error:  # no memory left, say: the other ranks must hear of it
+            problem = f"{type(error).__name__}: {error}"
+        problems = [text for text in self.world.gather(problem) if text is not None]
+        if problems:
+            raise ValidationFailed(problems[0])
+        return float(self.world.sum_(total)) / len(self.indices)
+
+    def _sum(self, model: torch.nn.Module, weights: Weights) -> float:
+        """The sum over this rank's images."""
         mine = list(range(len(self.indices)))[self.world.rank :: self.world.size]
-        total = torch.zeros(1, dtype=torch.float64)
+        total = 0.0
         for slots, batch in self._batches(mine):
             x_start, y = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
             t = [(2 * slot + 1) * self.diffusion.num_timesteps // (2 * len(self.indices)) for slot in slots]
@@ -89,8 +129,8 @@ class Validation:
                 terms = self.diffusion.training_losses(
                     network, x_start, torch.tensor(t, device=x_start.device), {"y": y}, noise
                 )
-            total += terms.get("mse", terms["loss"]).double().sum().cpu()
-        return float(self.world.sum_(total)) / len(self.indices)
+            total += float(terms.get("mse", terms["loss"]).double().sum())
+        return total
 
     def _batches(self, slots: list[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
         batches = sampling_batches(self.dataset, [self.indices[slot] for slot in slots], self.batch_size)

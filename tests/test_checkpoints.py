@@ -120,15 +120,28 @@ def test_a_set_that_a_kill_cut_short_is_removed_and_others_files_are_not(tmp_pat
     torch.save({"w": torch.zeros(1)}, tmp_path / "model000007.pt")  # another program's: it has no manifest either
     before = listing(tmp_path)
 
-    def killed():
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save_set(str(tmp_path), 10, {"model000010.pt": dict, "opt000010.pt": killed}, {})
+    code = """
+import os, sys
+from guided_diffusion import checkpoints
+contents = {"model000010.pt": dict, "opt000010.pt": lambda: os._exit(9)}
+checkpoints.save_set(sys.argv[1], 10, contents, {})
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
     assert (tmp_path / "model000010.pt").exists()
-    intent = {"files": ["model000010.pt", "opt000010.pt"]}  # what a kill would have left as well
-    (tmp_path / ".checkpoint000010.json.part").write_text(json.dumps(intent))
     checkpoints.remove_leftovers(str(tmp_path))
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_save_that_fails_in_any_way_leaves_nothing_of_its_set(tmp_path, error):
+    save(tmp_path, 5)
+    before = listing(tmp_path)
+
+    def fail():
+        raise error
+
+    with pytest.raises(error):
+        checkpoints.save_set(str(tmp_path), 10, {"model000010.pt": dict, "opt000010.pt": fail}, {})
     assert listing(tmp_path) == before
 
 
@@ -171,6 +184,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path):
     assert value(tmp_path / "ema_0.9_best.pt") == -10
     assert value(tmp_path / "model.pt") == 20
     assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 10, "loss": 0.1}}
+
+
+def test_a_kill_while_pruning_leaves_nothing_for_long(tmp_path, monkeypatch):
+    for step in (5, 10):
+        save(tmp_path, step)
+    monkeypatch.setattr(os, "remove", lambda path: (_ for _ in ()).throw(SystemExit("killed")))
+    with pytest.raises(SystemExit):
+        checkpoints.prune(str(tmp_path), 1, 10)
+    monkeypatch.undo()
+    assert (tmp_path / "model000005.pt").exists()
+    checkpoints.remove_leftovers(str(tmp_path))
+    assert not [name for name in os.listdir(tmp_path) if "000005" in name]
+    assert newest(tmp_path) == (10, [])
 
 
 def test_prune_never_trades_a_whole_set_for_a_damaged_one(tmp_path):
@@ -288,6 +314,25 @@ def test_a_published_checkpoint_without_ema_and_optimizer_lends_what_it_has(tmp_
     found, said = start(tmp_path / "own", tmp_path / "model000100.pt")
     assert (found.step, found.samples_seen, found.emas, found.optimizer) == (100, 400, {}, "")
     assert "ema_0.9_000100.pt" in said and "opt000100.pt" in said
+
+
+def test_a_damaged_checkpoint_to_start_from_is_refused(tmp_path):
+    """Also where its size is right: a file with a flipped bit loads, and trains on."""
+    save(tmp_path, 10)
+    (tmp_path / "opt000010.pt").unlink()  # left behind on purpose: not damaged
+    assert start(tmp_path / "own", tmp_path / "model000010.pt")[0].step == 10
+    content = bytearray((tmp_path / "ema_0.9_000010.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "ema_0.9_000010.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step 10 in .* is damaged .*ema_0\.9_000010\.pt has changed"):
+        start(tmp_path / "own", tmp_path / "model000010.pt")
+
+
+def test_a_set_without_a_loss_is_not_the_best_of_measured_ones(tmp_path):
+    assert save(tmp_path, 5, measure="m") == ["0.9"]  # better than no file at all
+    assert save(tmp_path, 10, losses={"0.9": 0.4}, measure="m") == ["0.9"]
+    assert save(tmp_path, 15, measure="m") == []  # saved on a signal
+    assert save(tmp_path, 20, losses={"0.9": 0.3}, measure="m") == ["0.9"]
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):

@@ -30,6 +30,10 @@ with world.guard():
     assert torch.equal(got["a"][0], torch.arange(6.0).view(2, 3)) and got["b"][1] == "text" and got["c"] is None
     assert got["b"][0].dtype == torch.bool
     assert torch.equal(world.on_main(lambda: torch.full((3,), float(world.rank))), torch.zeros(3))
+    trees = world.collect_trees({"n": [torch.full((world.rank + 1,), float(world.rank)), world.rank]})
+    assert len(trees) == (2 if world.is_main else 0)
+    for rank, tree in enumerate(trees):
+        assert torch.equal(tree["n"][0], torch.full((rank + 1,), float(rank))) and tree["n"][1] == rank
     world.barrier()
 print("talked")
 """
@@ -71,6 +75,26 @@ def test_a_failure_on_one_rank_ends_the_other_with_its_message(tmp_path, where):
     assert "error: no such layout" in output[failing]
     assert re.search(rf"rank {failing}\b.*ValueError: no such layout", output[1 - failing]), output[1 - failing]
     assert not any("Traceback" in text for text in output)
+
+
+NO_DEVICE = """
+from guided_diffusion import dist_util
+def choose(local_rank):
+    if local_rank == 1:
+        raise RuntimeError("rank 1 of this host has no GPU of its own")
+    return torch.device("cpu")
+import torch
+dist_util._choose_device = choose
+dist_util.setup()
+"""
+
+
+def test_a_rank_without_a_device_does_not_keep_the_others_waiting(tmp_path):
+    since = time.monotonic()
+    statuses, output = run(NO_DEVICE, tmp_path)
+    assert statuses == [1, 1], output
+    assert time.monotonic() - since < 60
+    assert "no GPU of its own" in output[0] and "no GPU of its own" in output[1]
 
 
 @pytest.fixture
@@ -164,6 +188,17 @@ def test_an_srun_step_is_recognized_and_a_batch_script_is_not(monkeypatch):
     assert address == "n2" and 20000 <= port < 40000
     other = dist_util._slurm_address({**os.environ, "SLURM_STEP_ID": "4"})
     assert other[1] != port  # two steps of one job at a time
+
+
+def test_one_of_one_in_the_environment_does_not_hide_mpiexec(monkeypatch):
+    """Containers may export torchrun's variables for a world of one; eight such would train side by side."""
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="h", MASTER_PORT="1", PMI_RANK="3").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist_util, "_setup_mpi", lambda: "mpi")
+    monkeypatch.setenv("PMI_SIZE", "8")
+    assert dist_util.setup() == "mpi"
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert dist_util.setup().launcher == "torchrun"
 
 
 def test_an_mpiexec_of_another_mpi_is_noticed(monkeypatch):

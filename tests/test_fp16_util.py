@@ -53,6 +53,16 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_halves_the_scale(bad):
     assert trainer.log_loss_scale == INITIAL_LOG_LOSS_SCALE - 1
 
 
+def test_the_scale_does_not_fall_below_one():
+    """A loss that is not a number is not the scale's fault: gradients must not vanish for its sake."""
+    parameters, trainer = make("fp16")
+    for _ in range(30):
+        backward(trainer, parameters)
+        parameters[0].grad[0] = float("nan")
+        trainer.step()
+    assert trainer.log_loss_scale == 0
+
+
 def test_the_scale_grows_slowly_and_survives_a_restart():
     parameters, trainer = make("fp16", lr=1e-4, scale_growth=0.25)
     for _ in range(4):

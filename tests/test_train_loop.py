@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -305,6 +306,58 @@ def test_bad_data_stops_the_run_by_name(data, tmp_path):
     (tmp_path / "data" / "train" / "labels" / "scene3.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"scene3\.png"):
         make_loop(tmp_path / "data", tmp_path / "run", max_steps=10).run()
+
+
+def test_a_bad_validation_file_is_found_before_the_first_step(data, tmp_path):
+    """Not at the first save, when there is something to lose."""
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "val" / "labels" / "scene1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"scene1\.png"):
+        make_loop(tmp_path / "data", tmp_path / "run")
+    loop = make_loop(tmp_path / "data", tmp_path / "run", max_steps=1, skip_bad=True)
+    assert len(loop.validation.indices) == 1
+    loop.run()
+    assert "1 images" in json.loads((tmp_path / "run" / "best.json").read_text())["0.9"]["measure"]
+    (tmp_path / "data" / "val" / "labels" / "scene0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="no validation image can be read"):
+        make_loop(tmp_path / "data", tmp_path / "other", skip_bad=True)
+
+
+def test_a_validation_or_preview_that_fails_loses_nothing(data, six_steps, tmp_path, monkeypatch):
+    from guided_diffusion import train_util
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("none is left")
+
+    loop = make_loop(data, tmp_path, max_steps=6, save_interval=3, sample_interval=2)
+    best = loop.validation._sum
+    monkeypatch.setattr(train_util, "preview_page", fail)
+    monkeypatch.setattr(loop.validation, "_sum", lambda *a: fail() if loop.step == 6 else best(*a))
+    loop.run()
+    assert differing(state_of(tmp_path, 6), state_of(six_steps, 6)) == []
+    said = (tmp_path / "log.txt").read_text()
+    assert "step 6 is saved without a validation loss: OutOfMemoryError" in said and "no preview of step 2" in said
+    assert json.loads((tmp_path / "best.json").read_text())["0.9"]["step"] == 3
+
+
+def test_a_save_on_a_signal_does_not_wait_for_the_validation(data, tmp_path, monkeypatch):
+    loop = make_loop(data, tmp_path, save_interval=3)
+    measured, save = [], loop.save
+    monkeypatch.setattr(loop, "save", lambda measure=True: measured.append((loop.step, measure)) or save(measure))
+    step = loop.train_step
+
+    def stopped_at_step_five(batch):
+        step(batch)
+        if loop.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train_step", stopped_at_step_five)
+    loop.run()
+    assert measured == [(3, True), (5, False)]
+    assert json.loads((tmp_path / "best.json").read_text())["0.9"]["step"] == 3
+    again = make_loop(data, tmp_path, max_steps=6, save_interval=3)
+    again.run()
+    assert json.loads((tmp_path / "checkpoint000006.json").read_text())["validation_loss"].keys() == {"0.9", "0.99"}
 
 
 def test_compiled_training_keeps_the_names_and_the_numbers(data, tmp_path, monkeypatch):

@@ -230,6 +230,28 @@ def test_the_data_set_tells_the_number_of_classes(data, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["num_classes"] == 6
 
 
+def test_the_precision_may_change_and_is_remembered(data, tmp_path, monkeypatch):
+    """A run begun with --use_fp16 goes on with --precision bf16, and then without either flag."""
+    import image_train
+
+    for step, settings in enumerate((dict(use_fp16=True), dict(precision="bf16"), {}), start=1):
+        monkeypatch.setattr(sys, "argv", flags(data, tmp_path, max_steps=step, **settings))
+        image_train.main()
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["model"]["use_fp16"] == (step == 1)
+        assert config["training"]["precision"] == ("" if step == 1 else "bf16")
+
+
+def test_instance_maps_in_one_split_only_are_refused(data, tmp_path, monkeypatch):
+    import image_train
+
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(tmp_path / "data" / "train" / "labels", tmp_path / "data" / "train" / "instances")
+    monkeypatch.setattr(sys, "argv", flags(tmp_path / "data", tmp_path / "run", no_instance=False))
+    with pytest.raises(SystemExit, match="the training split has instance maps, the validation split has none"):
+        image_train.main()
+
+
 def test_fine_tuning_goes_on_from_model_pt(data, one_rank, tmp_path, monkeypatch):
     """Train, fine-tune with label drop in a folder of its own, fine-tune again from there; started twice each."""
     import image_train

@@ -50,7 +50,10 @@ def make_loop(data: Path, logdir: Path, *, validation=True, model=None, diffusio
     diffusion_config = DiffusionConfig(**DIFFUSION | (diffusion or {}))
     config = TrainConfig(**TRAINING | training)
     config.check()
-    common = dict(data_dir=str(data), dataset_mode="custom", image_size=16, num_classes=CLASSES, use_instances=False)
+    common = dict(
+        data_dir=str(data), dataset_mode="custom", image_size=16, num_classes=CLASSES, use_instances=False,
+        skip_bad=config.skip_bad,
+    )  # fmt: skip
     torch.manual_seed(config.seed)
     return TrainLoop(
         model=create_model(model_config, diffusion_config.learn_sigma),
