@@ -41,8 +41,10 @@ class RankMonitor:
     def _watch(self) -> None:
         seen = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
         beats = 0
-        while not self.stopped.wait(BEAT_SECONDS):
+        while (late := self._next_beat()) is not None:
             beats += 1
+            if late > DEAD_AFTER_SECONDS / 3:  # this process was stopped (SLURM's suspend), and so were the others
+                seen = {rank: (last, time.monotonic()) for rank, (last, _) in seen.items()}
             try:
                 self.store.set(f"beat{self.rank}", f"{beats}@{self.host}")
                 reason = self._failure(seen)
@@ -57,9 +59,16 @@ class RankMonitor:
                 return
 
     def _watch_contact(self) -> None:
-        while not self.stopped.wait(BEAT_SECONDS):
+        while (late := self._next_beat()) is not None:
+            if late > DEAD_AFTER_SECONDS / 3:
+                self.contact = time.monotonic()
             if time.monotonic() - self.contact > DEAD_AFTER_SECONDS + 5 * BEAT_SECONDS:
                 _end_process(self.rank, UNREACHABLE)
+
+    def _next_beat(self) -> float | None:
+        """Waits for one beat; by how many seconds it came late. None once the monitor is stopped."""
+        since = time.monotonic()
+        return None if self.stopped.wait(BEAT_SECONDS) else time.monotonic() - since - BEAT_SECONDS
 
     def _failure(self, seen: dict[int, tuple[str, float]]) -> str | None:
         if self.store.check(["failure"]):

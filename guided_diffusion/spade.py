@@ -75,25 +75,26 @@ class Layout:
 class _LookUp(torch.autograd.Function):
     """Sums of table rows; the table's gradient is a look-up of its own, from a list that every norm shares.
 
-    `rows` [P, 9] says which rows of `table` [R, C] a pixel sums. `pixels` [9 P] lists, row by row, the pixels that sum
-    it, a row's list beginning at `starts` [R].
+    `rows` [E] lists, pixel by pixel, the rows of `table` [R, C] that it sums, a pixel's list beginning at `firsts` [P].
+    `pixels` [E] lists, row by row, the pixels that sum it, a row's list beginning at `starts` [R].
     """
 
     @staticmethod
     def forward(
-        ctx, table: torch.Tensor, rows: torch.Tensor, pixels: torch.Tensor, starts: torch.Tensor
+        ctx, table: torch.Tensor, rows: torch.Tensor, firsts: torch.Tensor, pixels: torch.Tensor, starts: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(pixels, starts)
-        return F.embedding_bag(rows, table, mode="sum")
+        return F.embedding_bag(rows, table, firsts, mode="sum")
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         pixels, starts = ctx.saved_tensors
-        return F.embedding_bag(pixels, grad.contiguous(), starts, mode="sum"), None, None, None
+        return F.embedding_bag(pixels, grad.contiguous(), starts, mode="sum"), None, None, None, None
 
 
 class LabelLayout(Layout):
-    """A layout as integers: the convolution over a one-hot map is a sum of nine weights, which are looked up.
+    """A layout as integers: the convolution over a one-hot map is a sum of nine weights (and nine more where there are
+    edges), which are looked up.
 
     The same numbers as `Layout` of the one-hot map, to rounding, without the products with its zeros: on a CPU, which
     has no matrix units to make those cheap, a third of a training step. For one pass (nothing is kept).
@@ -111,37 +112,34 @@ class LabelLayout(Layout):
         dtype: torch.dtype,
     ):
         drop = drop.view(-1, 1, 1, 1)
-        # Which row of a weight table a pixel takes: its class, or the row of zeros behind them; with edges, of pairs of
-        # rows the second where there is one.
-        rows = label.long().masked_fill(drop, num_classes)
-        self.null, self.count = num_classes, num_classes + 1
+        # The layout channels that are 1 at a pixel: its class and, on an edge, the last one; -1: none.
+        ones = [label.long().masked_fill(drop, -1)]
         if edge is not None:
-            rows = 2 * rows + (edge & ~drop)
-            self.null, self.count = 2 * self.null, 2 * self.count
-        super().__init__(rows)
-        self.num_classes, self.has_edges, self.dtype = num_classes, edge is not None, dtype
+            ones.append(torch.where(edge & ~drop, num_classes, -1))
+        super().__init__(torch.cat(ones, dim=1))
+        self.channels, self.dtype = num_classes + len(ones) - 1, dtype
 
-    def resized(self, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The table rows that a pixel's 3x3 neighbours take, [N * h * w, 9], at (height, width) `size`; and the pixels
-        by row, as `_LookUp` takes them."""
+    def resized(self, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """What `_LookUp` takes after the table, at (height, width) `size`. Of L layout channels, the table's first
+        L rows are for the first neighbour among the 3x3 around a pixel, and so on."""
         size = tuple(size)
         if size not in self._resized:
-            rows = F.interpolate(self.y.double(), size=size, mode="nearest").long()
-            around = F.pad(rows, (1, 1, 1, 1), value=self.null).unfold(2, 3, 1).unfold(3, 3, 1).reshape(-1, 9)
-            around = around + self.count * torch.arange(9, device=rows.device)
-            pixels = around.flatten().argsort(stable=True) // 9
-            starts = torch.bincount(around.flatten(), minlength=9 * self.count).cumsum(0).roll(1)
-            starts[0] = 0
-            self._resized[size] = around, pixels, starts
+            ones = F.interpolate(self.y.double(), size=size, mode="nearest").long()
+            around = F.pad(ones, (1, 1, 1, 1), value=-1).unfold(2, 3, 1).unfold(3, 3, 1)  # [N, 1 or 2, h, w, 3, 3]
+            around = around.permute(0, 2, 3, 1, 4, 5).reshape(-1, ones.shape[1], 9)
+            there = around >= 0
+            rows = (around + self.channels * torch.arange(9, device=around.device))[there]
+            of_pixel = there.flatten(1).sum(1)
+            of_row = torch.bincount(rows, minlength=9 * self.channels)
+            pixels = torch.arange(len(of_pixel), device=rows.device).repeat_interleave(of_pixel)
+            pixels = pixels[rows.argsort(stable=True)]
+            self._resized[size] = rows, of_pixel.cumsum(0) - of_pixel, pixels, of_row.cumsum(0) - of_row
         return self._resized[size]
 
     def hidden(self, norm: SPADEGroupNorm, size: Sequence[int]) -> torch.Tensor:
         convolution = norm.mlp_shared[0]
-        weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 1)  # [9, L, 128]
-        table = F.pad(weight[:, : self.num_classes], (0, 0, 0, 1))  # [9, classes + 1, 128]
-        if self.has_edges:
-            table = torch.stack([table, table + weight[:, self.num_classes :]], dim=2)
-        looked_up = _LookUp.apply(table.reshape(9 * self.count, -1), *self.resized(size))
+        table = convolution.weight.permute(2, 3, 1, 0).reshape(9 * self.channels, -1)
+        looked_up = _LookUp.apply(table, *self.resized(size))
         hidden = norm.mlp_shared[1](looked_up + convolution.bias).to(self.dtype)
         return hidden.view(-1, *size, hidden.shape[1]).permute(0, 3, 1, 2)  # [N, 128, h, w], channels-last
 

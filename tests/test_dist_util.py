@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from training_helpers import finish, launch
+from training_helpers import finish, launch, wait_for
 
 from guided_diffusion import dist_util, rank_monitor
 from guided_diffusion.dist_util import World
@@ -87,6 +88,28 @@ import torch
 dist_util._choose_device = choose
 dist_util.setup()
 """
+
+
+SLEEP = """
+import sys, time
+from guided_diffusion import dist_util, rank_monitor
+rank_monitor.BEAT_SECONDS, rank_monitor.DEAD_AFTER_SECONDS = 0.2, 2.0
+world = dist_util.setup()
+with world.guard():
+    print("running", flush=True)
+    time.sleep(4)  # beside the time in which the process is stopped
+"""
+
+
+def test_a_run_that_was_suspended_goes_on(tmp_path):
+    """SLURM suspends a job by SIGSTOP: for longer than a silent rank is waited for, and no rank is to blame."""
+    processes = launch(["-c", SLEEP], ranks=2, log=tmp_path / "log")
+    wait_for(lambda: all("running" in (tmp_path / f"log.{rank}").read_text() for rank in range(2)))
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            process.send_signal(number)
+        time.sleep(4 if number == signal.SIGSTOP else 0)
+    assert finish(processes, 60) == [0, 0], [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
 
 
 def test_a_rank_without_a_device_does_not_keep_the_others_waiting(tmp_path):
