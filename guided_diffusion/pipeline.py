@@ -39,7 +39,7 @@ from .unet import UNetModel
 from .validation import to_uint8
 
 KEEP_CHOICES = ("auto", "true", "false")
-MEMORY_SHARE = 0.6  # of the free memory, for what is kept: the passes themselves need the rest
+MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselves need nearly as much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +145,7 @@ class SDMPipeline:
         *,
         instance_map: str | os.PathLike | Image.Image | np.ndarray | None = None,
         samples: int = 1,
+        batch_size: int = 16,
         seed: int = 0,
         name: str = "",
         progress: bool = False,
@@ -154,12 +155,13 @@ class SDMPipeline:
 
         :param label_map: a file, picture or array [H, W] of class ids as the network knows them.
         :param instance_map: instance ids, of the same size, for a network with the edge channel.
+        :param batch_size: how many are made at a time; memory grows with it.
         :param name: the layout's name, which is part of the seed (the sampling script uses the file's stem).
         :param sampling: fields of `Sampling`: s, sampler, num_steps, ...
         :raises ValueError: ids or sizes that do not fit, naming them.
         """
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1; got {samples}")
+        if samples < 1 or batch_size < 1:
+            raise ValueError(f"samples ({samples}) and batch_size ({batch_size}) must be at least 1")
         if sampling.get("timestep_respacing") and "num_steps" not in sampling:
             sampling["num_steps"] = 0
         label = self._read_map(label_map, "label map")
@@ -172,14 +174,14 @@ class SDMPipeline:
             wants = "takes no" if self.model_config.no_instance else "needs an"
             raise ValueError(f"this network {wants} instance_map")
         instance = None if instance_map is None else self._read_map(instance_map, "instance map")
-        pictures = self.generate(
-            label,
-            instance,
-            seeds=[image_seed(seed, name, index) for index in range(samples)],
-            sampling=Sampling(**sampling),
-            progress=progress,
-        )
-        return [Image.fromarray(picture) for picture in pictures]
+        seeds, chosen = [image_seed(seed, name, index) for index in range(samples)], Sampling(**sampling)
+        return [
+            Image.fromarray(picture)
+            for first in range(0, samples, batch_size)
+            for picture in self.generate(
+                label, instance, seeds=seeds[first : first + batch_size], sampling=chosen, progress=progress
+            )
+        ]
 
     @torch.inference_mode()
     def generate(

@@ -27,16 +27,19 @@ class Start:
     optimizer: str = ""
     continues: bool = False  # the log directory's own run
 
-    def read(self) -> dict[str, Any]:
-        """What is in the files: `model`, `emas` by rate, `optimizer`; None where there is none.
+    # One file at a time, as every rank of a host gets a copy. :raises CheckpointError: it is damaged.
 
-        :raises CheckpointError: one of them is damaged.
-        """
-        return {
-            "model": checkpoints.load_weights(self.model) if self.model else None,
-            "emas": {rate: checkpoints.load_weights(path) for rate, path in self.emas.items()},
-            "optimizer": checkpoints.load(self.optimizer) if self.optimizer else None,
-        }
+    def read_model(self) -> dict[str, torch.Tensor] | None:
+        """The weights; None: new ones."""
+        return checkpoints.load_weights(self.model) if self.model else None
+
+    def read_ema(self, rate: str) -> dict[str, torch.Tensor] | None:
+        """The averaged weights; None: equal to the weights."""
+        return checkpoints.load_weights(self.emas[rate]) if rate in self.emas else None
+
+    def read_optimizer(self) -> dict[str, Any] | None:
+        """The optimizer's state and the trainer's; None: fresh ones."""
+        return checkpoints.load(self.optimizer) if self.optimizer else None
 
 
 def find_start(

@@ -96,8 +96,7 @@ class TrainLoop:
         self.parameters = list(self.model.parameters())
         self.emas: dict[str, list[torch.Tensor]] = {}
         self.start: Start = world.on_main(self._find_start)
-        state = world.on_main(self.start.read)
-        self._load_weights(state)
+        self._load_weights()
         self.optimizer = self._make_optimizer()
         self.trainer = MixedPrecisionTrainer(
             self.parameters,
@@ -106,7 +105,7 @@ class TrainLoop:
             scale_growth=config.fp16_scale_growth,
             max_grad_norm=config.max_grad_norm,
         )
-        self._load_optimizer(state)
+        self._load_optimizer()
         self.distributed: DistributedDataParallel | None = None
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -154,14 +153,16 @@ class TrainLoop:
             return ZeroRedundancyOptimizer(self.parameters, torch.optim.AdamW, **options)
         return torch.optim.AdamW(self.parameters, **options)
 
-    def _load_weights(self, state: dict[str, Any]) -> None:
+    def _load_weights(self) -> None:
         """The network's weights and its EMAs, in the memory layout of the weights."""
-        if state["model"] is not None:
-            checkpoints.load_state_into(self.model, state["model"], self.start.model)
+        state = self.world.on_main(self.start.read_model)
+        if state is not None:
+            checkpoints.load_state_into(self.model, state, self.start.model)
         elif self.world.size > 1:  # the seed gives every rank the same weights; make sure of it
             self.model.load_state_dict(self.world.broadcast_tree(to_cpu(self.model.state_dict())))
+        del state  # a copy in every rank
         for rate in self.config.ema_rates():
-            weights = state["emas"].get(rate) or self.model.state_dict()
+            weights = self.world.on_main(lambda rate=rate: self.start.read_ema(rate)) or self.model.state_dict()
             self.emas[rate] = [
                 torch.empty_like(parameter, requires_grad=False).copy_(weights[name])
                 for name, parameter in self.model.named_parameters()
@@ -170,10 +171,10 @@ class TrainLoop:
         if self.start.continues:
             self.saved_step = self.start.step
 
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        if state["optimizer"] is None:
+    def _load_optimizer(self) -> None:
+        optimizer = self.world.on_main(self.start.read_optimizer)
+        if optimizer is None:
             return
-        optimizer = dict(state["optimizer"])
         trainer = optimizer.pop("trainer", None)  # absent in checkpoints of other programs
         try:
             load_optimizer_state(self.optimizer, optimizer)

@@ -41,6 +41,8 @@ def test_three_lines(checkpoint):
     assert np.array_equal(images[0], again[0])
     assert not np.array_equal(again[0], again[1])
     assert not np.array_equal(images[0], pipeline(LABEL, seed=8, **FAST)[0])
+    apart = pipeline(LABEL, samples=3, batch_size=2, seed=7, **FAST)
+    assert len(apart) == 3 and np.abs(np.asarray(apart[1]).astype(int) - np.asarray(again[1])).max() <= 1
 
 
 def test_a_file_is_as_good_as_an_array(checkpoint, tmp_path):
