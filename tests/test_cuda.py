@@ -16,6 +16,13 @@ LABEL = np.arange(256).reshape(16, 16) // 64
 GPU = {"CUDA_VISIBLE_DEVICES": "0"}
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """TF32, which convolutions take by default, has 10 bits: no measure of whether the network is right."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "dtype,tolerance",
@@ -23,7 +30,6 @@ GPU = {"CUDA_VISIBLE_DEVICES": "0"}
     [(torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.3)],
 )
 def test_golden_numbers(case, dtype, tolerance):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     model, _, golden, y = golden_case(case)
     model.to("cuda", memory_format=torch.channels_last).convert_to(dtype)
     x = normal(f"{case}/x", (2, 3, CASES[case]["height"], CASES[case]["width"])).cuda()
