@@ -17,10 +17,13 @@ GPU = {"CUDA_VISIBLE_DEVICES": "0"}
 
 
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
+def exact_float32():
     """TF32, which convolutions take by default, has 10 bits: no measure of whether the network is right."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    yield
+    products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @pytest.mark.parametrize("case", CASES)
