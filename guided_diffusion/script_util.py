@@ -134,7 +134,7 @@ class TrainConfig:
     fp16_scale_growth: float = setting(1e-3, "growth of log2 of the loss scale per step in fp16")
     max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
     max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops")
-    compile: bool = setting(False, "torch.compile the network: slow to start, faster afterwards")
+    compile: bool = setting(False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it")
     shard_optimizer: bool = setting(False, "spread the optimizer's state over the ranks")
     log_interval: int = setting(10, "steps between rows of figures")
     save_interval: int = setting(10000, "steps between checkpoints; each also measures the validation loss")
@@ -213,7 +213,7 @@ class SampleConfig:
     keep_modulations: str = setting(
         "auto", "keep each layout's SPADE maps for all steps: auto (if memory allows), true or false"
     )
-    compile: bool = setting(False, "torch.compile the network: slow to start, faster afterwards")
+    compile: bool = setting(False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it")
     overwrite: bool = setting(False, "make images again that are there already")
 
     def check(self) -> None:
