@@ -29,6 +29,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "evaluations"))  # last: its lpips.py must not hide the package
 
+from command_line import EvaluationError  # noqa: E402
 from frechet import FeatureStatistics, frechet_distance  # noqa: E402
 from result_folders import by_name, list_images, load_rgb, sample_folders  # noqa: E402
 from segmenters import IMAGENET_DEVIATION, IMAGENET_MEAN  # noqa: E402
@@ -183,8 +184,12 @@ def score(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = torch.jit.load(str(args.segmenter), map_location=device).eval()
     started = time.perf_counter()
-    folders = sample_folders(args.results, print)
-    if not folders or not (args.results / "images").is_dir():
+    there = args.results.is_dir() and (args.results / "images").is_dir()
+    try:
+        folders = sample_folders(args.results, print) if there else []
+    except EvaluationError as error:
+        raise SystemExit(f"error: {error}") from error
+    if not folders:
         raise SystemExit(
             f"error: {args.results} needs images/ and samples/ (or samples_00/ ...): name a results folder"
         )

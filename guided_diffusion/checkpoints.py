@@ -143,7 +143,7 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
             files[name] = {"size": os.path.getsize(path), "sha256": file_hash(path)}
         write_json(manifest_path, {"step": step, "files": files, **manifest})
     except BaseException:
-        for path in (manifest_path, *(os.path.join(folder, name) for name in files)):
+        for path in (manifest_path, *(os.path.join(folder, name) for name in contents)):
             with contextlib.suppress(OSError):
                 os.remove(path)
         raise
@@ -169,9 +169,11 @@ def publish_set(
     for rate in rates:
         known, loss = best.get(rate, {}), losses.get(rate)
         before = known.get("loss") if known.get("measure") == measure else None
-        if (loss is None and measure is not None) or (loss is not None and not math.isfinite(loss)):
-            loss = math.inf  # not a number, or not measured: worse than any, but better than no file at all
-        # Without a loss the latest counts as the best.
+        if loss is not None and not math.isfinite(loss):
+            loss = math.inf  # worse than any, but better than no file at all
+        if loss is None and measure is not None and before is not None:
+            continue  # not measured (a signal came, or it failed), and one that was is there
+        # Without any loss, or any validation, the latest counts as the best.
         if loss is not None and rate in best and loss >= (math.inf if before is None else before):
             continue
         publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
@@ -184,10 +186,20 @@ def publish_set(
     return updated
 
 
+def add_losses(folder: str, step: int, rates: Sequence[str], losses: dict[str, float]) -> None:
+    """Puts validation losses into the manifest of a set that was saved without, and publishes it with them.
+
+    :raises CheckpointError: see `publish_set`.
+    """
+    manifest = read_manifest(folder, step) | {"validation_loss": losses}
+    write_json(os.path.join(folder, manifest_name(step)), manifest)
+    publish_set(folder, step, rates, losses, manifest.get("measure"))
+
+
 def file_hash(path: str) -> str:
     """The SHA-256 of a file (local or a blobfile URL)."""
     digest = hashlib.sha256()
-    with blobfile.BlobFile(path, "rb") as file:
+    with _open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -261,11 +273,16 @@ def _manifest_steps(folder: str) -> list[int]:
     return sorted(int(match.group(1)) for name in os.listdir(folder) if (match := _MANIFEST.fullmatch(name)))
 
 
+def _open(path: str, mode: str) -> IO:
+    """A file on this machine or, by blobfile, an object in a bucket (which takes a colon in a name for a URL)."""
+    return blobfile.BlobFile(path, mode) if "://" in path else open(path, mode)
+
+
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        with blobfile.BlobFile(path, "r") as file:
+        with _open(path, "rb") as file:
             content = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, blobfile.Error):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -279,20 +296,24 @@ def damage(folder: str, step: int, whole: bool = True) -> str | None:
     if "files" not in manifest:
         return f"{manifest_name(step)} cannot be read" if whole else None
     for name, expected in manifest["files"].items():
-        path = blobfile.join(folder, name) if folder else name
-        if not blobfile.exists(path):
-            if not whole:
-                continue
-            return f"{name} is missing"
-        size = blobfile.stat(path).size
-        if size != expected["size"]:
-            return f"{name} has {size} bytes, not {expected['size']}"
+        path = _join(folder, name)
         try:
+            if not (blobfile.exists(path) if "://" in path else os.path.exists(path)):
+                if not whole:
+                    continue
+                return f"{name} is missing"
+            size = blobfile.stat(path).size if "://" in path else os.path.getsize(path)
+            if size != expected["size"]:
+                return f"{name} has {size} bytes, not {expected['size']}"
             if file_hash(path) != expected["sha256"]:
                 return f"the content of {name} has changed since it was saved"
-        except OSError as error:
+        except (OSError, blobfile.Error) as error:
             return f"{name} cannot be read: {error}"
     return None
+
+
+def _join(folder: str, name: str) -> str:
+    return blobfile.join(folder, name) if "://" in folder else os.path.join(folder, name)
 
 
 def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -393,7 +414,7 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:
     """The manifest of `step`; empty where there is none (a checkpoint of another program)."""
-    return _read_json(blobfile.join(folder, manifest_name(step)) if folder else manifest_name(step))
+    return _read_json(_join(folder, manifest_name(step)))
 
 
 def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:

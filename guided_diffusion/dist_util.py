@@ -261,7 +261,9 @@ def _setup_mpi() -> World | None:
     store, meeting, error = None, None, None
     if rank == 0:
         try:
-            address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(hosts)) == 1 else _routable_address())
+            # A container's world of one names itself.
+            given = os.environ.get("MASTER_ADDR") if os.environ.get("WORLD_SIZE") != "1" else None
+            address = given or ("127.0.0.1" if len(set(hosts)) == 1 else _routable_address())
             store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False)
             meeting = address, store.port
         except (OSError, RuntimeError) as failure:  # the others wait for an answer
@@ -292,9 +294,15 @@ def _connect(world: World, address: str, port: int, *, store: dist.Store | None 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an attempt before must not be read
     # A client of its own: the monitor's thread must never wait for a lock that the main thread holds.
     client = dist.TCPStore(address, port, world.size, is_master=False, wait_for_workers=False)
+    unusable = None
+    try:  # before the monitor, whose heart would stand still while the driver starts
+        world.device = _choose_device(world.local_rank)
+    except RuntimeError as error:
+        unusable = error
     world._monitor = RankMonitor(dist.PrefixStore(f"monitor{attempt}", client), world.rank, world.size)
     try:
-        world.device = _choose_device(world.local_rank)
+        if unusable is not None:
+            raise unusable
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo",
             store=dist.PrefixStore(f"group{attempt}", store),

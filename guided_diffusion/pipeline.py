@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -300,12 +300,14 @@ def _free_in_group(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup")
     with contextlib.suppress(OSError, ValueError):
         with open(own, encoding="ascii") as file:
             lines = [line.rstrip("\n").split(":", 2) for line in file]
-        # version 2 has one group per process, version 1 one per resource; inside a container the root is the own group
-        places = [(f"{root}{path}", "memory.max", "memory.current") for _, kind, path in lines if not kind]
-        places += [(root, "memory.max", "memory.current")]
-        names = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        places += [(f"{root}/memory{path}", *names) for _, kind, path in lines if kind == "memory"]
-        places += [(f"{root}/memory", *names)]
+        # Version 2 has one group per process, version 1 one per resource; a group's limit holds for those within it.
+        names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
+        places = [
+            (f"{root}/{kind}/{part}", *names[kind])
+            for _, kind, path in lines
+            if kind in names
+            for part in (path, *map(str, PurePosixPath(path).parents))
+        ]
         return min((_left(*place) for place in places), default=math.inf)
     return math.inf
 

@@ -53,10 +53,14 @@ class RankMonitor:
                 reason = UNREACHABLE
             if reason is not None:
                 # A failing rank's own message comes first; a rank that is ending in order is let go.
-                if not self.stopped.wait(2 * BEAT_SECONDS):
+                if self.stopped.wait(2 * BEAT_SECONDS):
+                    return
+                with contextlib.suppress(RuntimeError, dist.DistError):
+                    reason = self._failure(seen)  # a rank that was only suspended has beaten by now
+                if reason is not None:
                     self._say_end()
                     _end_process(self.rank, reason)
-                return
+                    return
 
     def _watch_contact(self) -> None:
         while (late := self._next_beat()) is not None:

@@ -130,11 +130,13 @@ class TrainConfig:
     schedule_sampler: str = setting("uniform", "timesteps to train on: uniform or loss-second-moment")
     max_steps: int = setting(0, "steps after which training ends; 0: until interrupted")
     seed: int = setting(0, "of initial weights, data order, crops, noise and label drop")
-    precision: str = setting("", "fp32, fp16 or bf16; empty: fp16 with use_fp16, else fp32")
+    precision: str = setting("", "fp32, fp16 or bf16; empty: the checkpoint's, or fp16 with use_fp16, else fp32")
     fp16_scale_growth: float = setting(1e-3, "growth of log2 of the loss scale per step in fp16")
     max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
     max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops")
-    compile: bool = setting(False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it")
+    compile: bool = setting(
+        False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it"
+    )
     shard_optimizer: bool = setting(False, "spread the optimizer's state over the ranks")
     log_interval: int = setting(10, "steps between rows of figures")
     save_interval: int = setting(10000, "steps between checkpoints; each also measures the validation loss")
@@ -213,7 +215,9 @@ class SampleConfig:
     keep_modulations: str = setting(
         "auto", "keep each layout's SPADE maps for all steps: auto (if memory allows), true or false"
     )
-    compile: bool = setting(False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it")
+    compile: bool = setting(
+        False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it"
+    )
     overwrite: bool = setting(False, "make images again that are there already")
 
     def check(self) -> None:

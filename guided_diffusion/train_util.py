@@ -264,8 +264,7 @@ class TrainLoop:
                 due = self.step % self.config.save_interval == 0
                 if due or stop:
                     with self._clock_stopped():
-                        # A signal's sender may not wait for long: the next save measures.
-                        self.save(measure=due or self.step == self.last_step)
+                        self.save(measure_first=due)
                 if stop:
                     name = signal.Signals(stop).name
                     self.logger.log(f"stopped by {name} at step {self.step}; all is saved")
@@ -413,20 +412,13 @@ class TrainLoop:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, measure: bool = True) -> None:
+    def save(self, measure_first: bool = True) -> None:
         """Writes this step's checkpoint set, model.pt and, where it is better, ema_{rate}_best.pt. A collective.
 
-        :param measure: False: without the validation loss, which takes time; then it is not the best.
+        :param measure_first: False: the validation loss comes after the writing, as who sent a signal may not wait.
         :raises CheckpointError: nothing that was there before is harmed.
         """
-        val_losses = {}
-        if self.validation is not None and measure:
-            try:
-                val_losses = {rate: self.validation.loss(self.model, self._named(rate)) for rate in self.emas}
-            except ValidationFailed as error:
-                self.logger.log(f"warning: step {self.step} is saved without a validation loss: {error}")
-            else:
-                self.logger.row({"step": self.step} | {f"val_loss_{rate}": loss for rate, loss in val_losses.items()})
+        val_losses = self._validation_losses() if measure_first else {}
         sharded = hasattr(self.optimizer, "consolidate_state_dict")
         if sharded:
             collect_sharded_state(self.optimizer, self.world)
@@ -434,6 +426,20 @@ class TrainLoop:
         if sharded:
             self.optimizer._all_state_dicts = []  # it has served
         self.saved_step = self.step
+        if not measure_first and (val_losses := self._validation_losses()):
+            self.world.on_main(lambda: checkpoints.add_losses(self.logdir, self.step, list(self.emas), val_losses))
+
+    def _validation_losses(self) -> dict[str, float]:
+        """By EMA rate; empty where there is nothing to measure on, or it failed. A collective."""
+        if self.validation is None:
+            return {}
+        try:
+            losses = {rate: self.validation.loss(self.model, self._named(rate)) for rate in self.emas}
+        except ValidationFailed as error:
+            self.logger.log(f"warning: no validation loss of step {self.step}: {error}")
+            return {}
+        self.logger.row({"step": self.step} | {f"val_loss_{rate}": loss for rate, loss in losses.items()})
+        return losses
 
     def _write(self, val_losses: dict[str, float]) -> None:
         step, folder = self.step, self.logdir

@@ -329,10 +329,28 @@ def test_a_damaged_checkpoint_to_start_from_is_refused(tmp_path):
 
 
 def test_a_set_without_a_loss_is_not_the_best_of_measured_ones(tmp_path):
-    assert save(tmp_path, 5, measure="m") == ["0.9"]  # better than no file at all
+    for step in (3, 5):  # stopped twice before anything was measured: the latest
+        assert save(tmp_path, step, measure="m") == ["0.9"]
+    assert value(tmp_path / "ema_0.9_best.pt") == -5
     assert save(tmp_path, 10, losses={"0.9": 0.4}, measure="m") == ["0.9"]
-    assert save(tmp_path, 15, measure="m") == []  # saved on a signal
+    assert save(tmp_path, 15, measure="m") == []  # saved on a signal, whose sender did not wait for the measuring
     assert save(tmp_path, 20, losses={"0.9": 0.3}, measure="m") == ["0.9"]
+
+
+def test_losses_may_be_measured_after_the_save(tmp_path):
+    save(tmp_path, 10, losses={"0.9": 0.4})
+    save(tmp_path, 15, losses={})
+    checkpoints.add_losses(str(tmp_path), 15, RATES, {"0.9": 0.3})
+    assert newest(tmp_path) == (15, [])
+    assert checkpoints.read_manifest(str(tmp_path), 15)["validation_loss"] == {"0.9": 0.3}
+    assert value(tmp_path / "ema_0.9_best.pt") == -15
+
+
+def test_a_colon_in_a_name_is_no_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr:1e-4").mkdir()
+    save("lr:1e-4", 10)
+    assert newest("lr:1e-4") == (10, [])
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):

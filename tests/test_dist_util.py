@@ -97,7 +97,8 @@ rank_monitor.BEAT_SECONDS, rank_monitor.DEAD_AFTER_SECONDS = 0.2, 2.0
 world = dist_util.setup()
 with world.guard():
     print("running", flush=True)
-    time.sleep(4)  # beside the time in which the process is stopped
+    for _ in range(40):  # a sleep of 4 s would be over when the process goes on
+        time.sleep(0.1)
 """
 
 

@@ -113,6 +113,16 @@ def test_what_is_encoded_holds_no_map():
             },
             600,
         ),
+        (
+            "0::/job/step/task\n",  # SLURM's leaf has no limit of its own
+            {
+                "job/memory.max": 1000,
+                "job/memory.current": 900,
+                "job/memory.stat": "inactive_file 0",
+                "job/step/task/memory.max": "max",
+            },
+            100,
+        ),
         ("0::/\n", {}, float("inf")),
     ],
 )
