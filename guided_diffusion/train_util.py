@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import checkpoints
 from .dist_util import World
 from .fp16_util import PRECISIONS, MixedPrecisionTrainer, StepResult, global_norm
+from .host_memory import keep_freed_memory
 from .image_datasets import LayoutDataset, balance_weights, training_batches
 from .logger import Averages, Logger
 from .nn import update_ema
@@ -92,6 +93,8 @@ class TrainLoop:
         # Activations are channels-last everywhere. On a CPU weights are not: it gives their gradients in the default
         # layout, and every one would have to be copied.
         layout = torch.preserve_format if world.device.type == "cpu" else torch.channels_last
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(world.device, memory_format=layout)
         self.parameters = list(self.model.parameters())
         self.emas: dict[str, list[torch.Tensor]] = {}
