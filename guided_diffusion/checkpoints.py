@@ -278,6 +278,11 @@ def _open(path: str, mode: str) -> IO:
     return blobfile.BlobFile(path, mode) if "://" in path else open(path, mode)
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file, local or a blobfile URL."""
+    return blobfile.exists(path) if "://" in path else os.path.exists(path)
+
+
 def _read_json(path: str) -> dict[str, Any]:
     try:
         with _open(path, "rb") as file:
@@ -296,9 +301,9 @@ def damage(folder: str, step: int, whole: bool = True) -> str | None:
     if "files" not in manifest:
         return f"{manifest_name(step)} cannot be read" if whole else None
     for name, expected in manifest["files"].items():
-        path = _join(folder, name)
+        path = join(folder, name)
         try:
-            if not (blobfile.exists(path) if "://" in path else os.path.exists(path)):
+            if not exists(path):
                 if not whole:
                     continue
                 return f"{name} is missing"
@@ -312,7 +317,8 @@ def damage(folder: str, step: int, whole: bool = True) -> str | None:
     return None
 
 
-def _join(folder: str, name: str) -> str:
+def join(folder: str, name: str) -> str:
+    """The path of a file in a folder, local or a blobfile URL."""
     return blobfile.join(folder, name) if "://" in folder else os.path.join(folder, name)
 
 
@@ -334,10 +340,10 @@ def load(path: str) -> Any:
 
     :raises CheckpointError: missing, truncated, or no such file.
     """
-    if not blobfile.exists(path):
+    if not exists(path):
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with blobfile.BlobFile(path, "rb") as file:
+        with _open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -396,11 +402,11 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
     :raises CheckpointError: it is there, but damaged.
     """
-    path = blobfile.join(os.path.dirname(checkpoint) or ".", CONFIG_NAME)
-    if not blobfile.exists(path):
+    path = join(os.path.dirname(checkpoint), CONFIG_NAME)
+    if not exists(path):
         return None
     try:
-        with blobfile.BlobFile(path, "r") as file:
+        with _open(path, "rb") as file:
             config = json.load(file)
         if not isinstance(config["model"], dict) or not isinstance(config["diffusion"], dict):
             raise TypeError("model and diffusion are not groups of settings")
@@ -414,7 +420,7 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:
     """The manifest of `step`; empty where there is none (a checkpoint of another program)."""
-    return _read_json(_join(folder, manifest_name(step)))
+    return _read_json(join(folder, manifest_name(step)))
 
 
 def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:
@@ -423,7 +429,7 @@ def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any]
     if _manifest_steps(logdir):
         return read_config(os.path.join(logdir, MODEL_NAME)), os.path.join(logdir, CONFIG_NAME)
     if resume_checkpoint:
-        if not blobfile.exists(resume_checkpoint):
+        if not exists(resume_checkpoint):
             raise CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
         return read_config(resume_checkpoint), f"{CONFIG_NAME} beside {resume_checkpoint}"
     return None, ""

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import re
 import socket
-import struct
 import subprocess
 import sys
 import traceback
@@ -21,11 +19,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from .addresses import interface_towards, routable_address, slurm_address
 from .rank_monitor import RankMonitor, RemoteError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)  # a save or a validation on one rank may keep the others waiting
 CONTROL_TIMEOUT = datetime.timedelta(days=7)
-SIOCGIFADDR = 0x8915  # the request "address of an interface", of Linux
 MPI_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_RANK")
 
 
@@ -215,7 +213,7 @@ def setup() -> World:
     size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if size > 1:
         world = World(int(environment["SLURM_PROCID"]), size, int(environment["SLURM_LOCALID"]), "srun")
-        return _connect(world, *_slurm_address(environment))
+        return _connect(world, *slurm_address(environment))
     return World()
 
 
@@ -263,7 +261,7 @@ def _setup_mpi() -> World | None:
         try:
             # A container's world of one names itself.
             given = os.environ.get("MASTER_ADDR") if os.environ.get("WORLD_SIZE") != "1" else None
-            address = given or ("127.0.0.1" if len(set(hosts)) == 1 else _routable_address())
+            address = given or ("127.0.0.1" if len(set(hosts)) == 1 else routable_address())
             store = dist.TCPStore("0.0.0.0", 0, size, is_master=True, wait_for_workers=False)
             meeting = address, store.port
         except (OSError, RuntimeError) as failure:  # the others wait for an answer
@@ -288,7 +286,7 @@ def _connect(world: World, address: str, port: int, *, store: dist.Store | None 
         return world
     if store is None:
         store = dist.TCPStore(address, port, world.size, is_master=world.is_main and not hosted, wait_for_workers=False)
-    interface = _interface_towards(address)
+    interface = interface_towards(address)
     if interface is not None:  # gloo would take the one of the host's name, which may be the loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # keys of an attempt before must not be read
@@ -352,69 +350,6 @@ def _choose_device(local_rank: int) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
-
-
-def _routable_address() -> str:
-    """An address of this host that other hosts can reach: that of its name, else of its way out, else any.
-
-    :raises RuntimeError: it has none but the loopback.
-    """
-    for find in (lambda: socket.gethostbyname(socket.gethostname()), lambda: _source_address("10.255.255.255")):
-        with contextlib.suppress(OSError):
-            address = find()
-            if not address.startswith("127."):
-                return address
-    others = [address for address in _interface_addresses().values() if not address.startswith("127.")]
-    if not others:
-        raise RuntimeError("the ranks are on several hosts, and this one has no network address: set MASTER_ADDR")
-    return others[0]
-
-
-def _source_address(destination: str) -> str:
-    """This host's address when it talks to `destination`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((destination, 1))  # sends nothing; asks the kernel which address it would send from
-        return probe.getsockname()[0]
-
-
-def _interface_towards(address: str) -> str | None:
-    """The network interface that leads to `address`; None where it cannot be told."""
-    try:
-        source = _source_address(address)
-    except OSError:
-        return None
-    return next((name for name, own in _interface_addresses().items() if own == source), None)
-
-
-def _interface_addresses() -> dict[str, str]:
-    """The IPv4 address of every network interface that has one; empty where it cannot be told (not Linux)."""
-    try:
-        import fcntl
-    except ImportError:
-        return {}
-    addresses = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an address
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-                # A struct ifreq: the address lies behind name (16 bytes), family (2) and port (2).
-                addresses[name] = socket.inet_ntoa(answer[20:24])
-    return addresses
-
-
-def _slurm_address(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Where the ranks of an srun meet: on its first host, at a port of its own for every step of every job."""
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_NODELIST"]
-    number = 17 * int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
-    address = environment.get("MASTER_ADDR") or _first_slurm_host(hosts)
-    return address, int(environment.get("MASTER_PORT", 20000 + number % 20000))
-
-
-def _first_slurm_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: "node[03-05,07],gpu1" -> "node03"."""
-    match = re.match(r"([^\[,]+)(?:\[([^\]]+)\])?([^\[,]*)", nodelist)
-    name, numbers, rest = match.groups()
-    return name + (re.split(r"[,-]", numbers)[0] if numbers else "") + rest
 
 
 class _Slot:

@@ -7,12 +7,9 @@ images[0].save("sample.png")
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from PIL import Image
 from . import checkpoints
 from .conditioning import encode_label_map
 from .fp16_util import PRECISIONS
+from .host_memory import available_memory
 from .respace import SpacedDiffusion
 from .samplers import SAMPLERS, dynamic_thresholding, sample_loop
 from .script_util import (
@@ -287,36 +285,4 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(min(int(fields["MemAvailable"].split()[0]) * 1024, _free_in_group()))
-    except (OSError, KeyError):
-        return 4 * 2**30  # not Linux: a careful guess
-
-
-def _free_in_group(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
-    """Bytes left under the limit of this process's control group (a container's, a SLURM job's); inf without one."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(own, encoding="ascii") as file:
-            lines = [line.rstrip("\n").split(":", 2) for line in file]
-        # Version 2 has one group per process, version 1 one per resource; a group's limit holds for those within it.
-        names = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
-        places = [
-            (f"{root}/{kind}/{part}", *names[kind])
-            for _, kind, path in lines
-            if kind in names
-            for part in (path, *map(str, PurePosixPath(path).parents))
-        ]
-        return min((_left(*place) for place in places), default=math.inf)
-    return math.inf
-
-
-def _left(folder: str, limit: str, usage: str) -> float:
-    """A group's limit less its usage; cached files count as free. inf without a limit."""
-    try:
-        most, used = (int(Path(folder, name).read_text()) for name in (limit, usage))
-        stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
-        return most - used + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-    except (OSError, ValueError):  # no such group, or the limit is "max"
-        return math.inf
+    return available_memory()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import blobfile
 import torch
 
 from . import checkpoints
@@ -58,7 +57,7 @@ def find_start(
             log(f"note: {resume_checkpoint} is not used any more; give another --logdir to start from it again")
         if manifest["world_size"] != world_size:
             log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
-        files = _files_beside(_join(logdir, checkpoints.model_name(step)), step, rates, log)
+        files = _files_beside(checkpoints.join(logdir, checkpoints.model_name(step)), step, rates, log)
         return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, **files)
     if not resume_checkpoint:
         log("starting from new weights")
@@ -69,7 +68,7 @@ def find_start(
         return Start(model=resume_checkpoint)
     log(f"continuing at step {step} from {resume_checkpoint}")
     folder = os.path.dirname(resume_checkpoint)
-    if not blobfile.exists(resume_checkpoint):
+    if not checkpoints.exists(resume_checkpoint):
         raise checkpoints.CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
     if (problem := checkpoints.damage(folder, step, whole=False)) is not None:
         raise checkpoints.CheckpointError(
@@ -84,18 +83,14 @@ def find_start(
 
 def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict[str, Any]:
     folder = os.path.dirname(model)
-    emas = {rate: _join(folder, checkpoints.ema_name(rate, step)) for rate in rates}
-    optimizer = _join(folder, checkpoints.optimizer_name(step))
-    for rate in [rate for rate, path in emas.items() if not blobfile.exists(path)]:
+    emas = {rate: checkpoints.join(folder, checkpoints.ema_name(rate, step)) for rate in rates}
+    optimizer = checkpoints.join(folder, checkpoints.optimizer_name(step))
+    for rate in [rate for rate, path in emas.items() if not checkpoints.exists(path)]:
         log(f"note: there is no {emas.pop(rate)}; the EMA of rate {rate} starts from the weights")
-    if not blobfile.exists(optimizer):
+    if not checkpoints.exists(optimizer):
         log(f"note: there is no {optimizer}; the optimizer starts fresh")
         optimizer = ""
     return {"model": model, "emas": emas, "optimizer": optimizer}
-
-
-def _join(folder: str, name: str) -> str:
-    return blobfile.join(folder, name) if folder else name
 
 
 def collect_sharded_state(optimizer: torch.optim.Optimizer, world: World) -> None:

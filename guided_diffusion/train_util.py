@@ -90,12 +90,13 @@ class TrainLoop:
         if precision == "fp16" and world.device.type == "cpu":
             logger.log("note: float16 is slow on a CPU; --precision bf16 or fp32 is better there")
         model.dtype = PRECISIONS[precision]
-        # Activations are channels-last everywhere. On a CPU weights are not: it gives their gradients in the default
-        # layout, and every one would have to be copied.
-        layout = torch.preserve_format if world.device.type == "cpu" else torch.channels_last
         if world.device.type == "cpu":
             keep_freed_memory()
-        self.model = model.to(world.device, memory_format=layout)
+            # Activations are channels-last here too. Weights are not: their gradients come in the default layout, and
+            # every one would have to be copied.
+            self.model = model.to(world.device)
+        else:
+            self.model = model.to(world.device, memory_format=torch.channels_last)
         self.parameters = list(self.model.parameters())
         self.emas: dict[str, list[torch.Tensor]] = {}
         self.start: Start = world.on_main(self._find_start)

@@ -15,7 +15,7 @@ case $size in
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread per rank: the ranks are the parallelism
     network="--num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 --attention_resolutions 12,6 --num_head_channels 32"
     batch=8 lr=5e-4 ema=0.995 sampling_batch=16 ;;
-  gpu) # a step takes 51 tera-operations: a quarter of an hour in all, at a quarter of an H100's peak
+  gpu) # 51 tera-operations a step (FlopCounterMode): at a quarter of an H100's peak, a quarter of an hour
     ranks=${RANKS:-1} steps=${STEPS:-4800} precision=bf16 pixels=144
     network="--num_channels 128 --channel_mult 1,1,2,3,4 --num_res_blocks 2 --attention_resolutions 36,18,9 --num_head_channels 64"
     batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from training_helpers import finish, launch, wait_for
 
-from guided_diffusion import dist_util, rank_monitor
+from guided_diffusion import addresses, dist_util, rank_monitor
 from guided_diffusion.dist_util import World
 from guided_diffusion.rank_monitor import RankMonitor
 
@@ -92,7 +92,7 @@ dist_util.setup()
 
 SLEEP = """
 import sys, time
-from guided_diffusion import dist_util, rank_monitor
+from guided_diffusion import addresses, dist_util, rank_monitor
 rank_monitor.BEAT_SECONDS, rank_monitor.DEAD_AFTER_SECONDS = 0.2, 2.0
 world = dist_util.setup()
 with world.guard():
@@ -189,7 +189,7 @@ def test_one_process_needs_no_group(monkeypatch):
     ],
 )
 def test_first_host_of_a_slurm_list(nodelist, host):
-    assert dist_util._first_slurm_host(nodelist) == host
+    assert addresses._first_slurm_host(nodelist) == host
 
 
 def test_an_srun_step_is_recognized_and_a_batch_script_is_not(monkeypatch):
@@ -210,7 +210,7 @@ def test_an_srun_step_is_recognized_and_a_batch_script_is_not(monkeypatch):
     assert (world.rank, world.size, world.launcher) == (2, 4, "srun")
     ((_, (address, port)),) = connected
     assert address == "n2" and 20000 <= port < 40000
-    other = dist_util._slurm_address({**os.environ, "SLURM_STEP_ID": "4"})
+    other = addresses.slurm_address({**os.environ, "SLURM_STEP_ID": "4"})
     assert other[1] != port  # two steps of one job at a time
 
 
@@ -241,8 +241,8 @@ def test_an_mpiexec_of_another_mpi_is_noticed(monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the Linux kernel")
 def test_the_interface_of_an_address():
-    assert dist_util._interface_towards("127.0.0.1") == "lo"
-    assert dist_util._interface_towards("no such host.invalid") is None
+    assert addresses.interface_towards("127.0.0.1") == "lo"
+    assert addresses.interface_towards("no such host.invalid") is None
 
 
 def test_local_world_describes_itself():

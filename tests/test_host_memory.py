@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from guided_diffusion import host_memory
 from guided_diffusion.host_memory import keep_freed_memory
 
 STEPS = """
@@ -31,3 +32,38 @@ def test_pages_are_faulted_in_once():
         done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True)
         faults[how] = int(done.stdout)
     assert 10 * faults["keep"] < faults["default"], faults
+
+
+@pytest.mark.parametrize(
+    "groups,files,left",
+    [
+        ("0::/job\n", {"job/memory.max": 1000, "job/memory.current": 700, "job/memory.stat": "inactive_file 50"}, 350),
+        ("0::/job\n", {"job/memory.max": "max", "job/memory.current": 700, "job/memory.stat": ""}, float("inf")),
+        (
+            "4:memory:/job\n0::/\n",
+            {
+                "memory/job/memory.limit_in_bytes": 1000,
+                "memory/job/memory.usage_in_bytes": 400,
+                "memory/job/memory.stat": "total_inactive_file 0",
+            },
+            600,
+        ),
+        (
+            "0::/job/step/task\n",  # SLURM's leaf has no limit of its own
+            {
+                "job/memory.max": 1000,
+                "job/memory.current": 900,
+                "job/memory.stat": "inactive_file 0",
+                "job/step/task/memory.max": "max",
+            },
+            100,
+        ),
+        ("0::/\n", {}, float("inf")),
+    ],
+)
+def test_a_containers_memory_counts_not_its_hosts(tmp_path, groups, files, left):
+    (tmp_path / "own").write_text(groups)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert host_memory._free_in_group(str(tmp_path), str(tmp_path / "own")) == left

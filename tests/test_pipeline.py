@@ -11,7 +11,6 @@ from PIL import Image
 from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 
 from guided_diffusion import checkpoints
-from guided_diffusion import pipeline as pipeline_module
 from guided_diffusion.pipeline import Sampling, SDMPipeline, image_seed
 from guided_diffusion.script_util import ConfigError, ModelConfig
 
@@ -97,41 +96,6 @@ def test_modulations_are_computed_once(checkpoint, monkeypatch):
 def test_what_is_encoded_holds_no_map():
     model, _, _, y = golden_case("base")
     assert model.encode_layout(y).y.untyped_storage().nbytes() == 0
-
-
-@pytest.mark.parametrize(
-    "groups,files,left",
-    [
-        ("0::/job\n", {"job/memory.max": 1000, "job/memory.current": 700, "job/memory.stat": "inactive_file 50"}, 350),
-        ("0::/job\n", {"job/memory.max": "max", "job/memory.current": 700, "job/memory.stat": ""}, float("inf")),
-        (
-            "4:memory:/job\n0::/\n",
-            {
-                "memory/job/memory.limit_in_bytes": 1000,
-                "memory/job/memory.usage_in_bytes": 400,
-                "memory/job/memory.stat": "total_inactive_file 0",
-            },
-            600,
-        ),
-        (
-            "0::/job/step/task\n",  # SLURM's leaf has no limit of its own
-            {
-                "job/memory.max": 1000,
-                "job/memory.current": 900,
-                "job/memory.stat": "inactive_file 0",
-                "job/step/task/memory.max": "max",
-            },
-            100,
-        ),
-        ("0::/\n", {}, float("inf")),
-    ],
-)
-def test_a_containers_memory_counts_not_its_hosts(tmp_path, groups, files, left):
-    (tmp_path / "own").write_text(groups)
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"{content}\n")
-    assert pipeline_module._free_in_group(str(tmp_path), str(tmp_path / "own")) == left
 
 
 def test_numbers_that_are_not_finite_make_no_picture(checkpoint):
