@@ -4,10 +4,13 @@
     python benchmarks/training.py --device cuda          the published ADE20K network: 256 px, 256 channels
     python benchmarks/training.py --device cuda --size cpu   the small one, to try it
 
-On a CPU variants are measured in rounds, each taking a few steps in turn, so that a busy machine slows all of them
-alike, and peak memory in a process of its own per variant. A GPU does not hold them all: there a process of its own
-measures both, the plain way's first and once more at the end. Ratios compare medians. Ends with 1 against 2 ranks at
-an equal global batch, through image_train.py, where there are 2 GPUs. Writes a table, JSON and a plot.
+Every variant has a process of its own, as a user's run has. On a CPU they take a few steps in turn, round after round,
+so that a busy machine slows all of them alike. A GPU does not hold them all: there one runs after the other, and the
+plain way once more at the end. Ratios compare medians. Ends with 1 against 2 ranks at an equal global batch, through
+image_train.py, where there are 2 GPUs. Writes a table, JSON and a plot.
+
+The layouts are drawn: 20 regions at 64 pixels, 48 at 256. How many of their neighbourhoods are distinct, on which the
+engine's speed depends, is printed beside the table (`--labels DIR` prints it of a folder of label maps, and ends).
 """
 
 from __future__ import annotations
@@ -47,17 +50,22 @@ SETTINGS = dict(num_classes=CLASSES, learn_sigma=True, diffusion_steps=1000, noi
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
+REGIONS = {64: 20, 256: 48}  # by image size; see `distinct_share`
+
+
 def draw_data(folder: Path, side: int, count: int = 32) -> None:
-    """Photographs, labels of 151 classes and instances, in blocks of random content."""
+    """Photographs of noise; labels of 151 classes and instances: regions around random points."""
     rng = np.random.default_rng(0)
+    row, column = np.mgrid[:side, :side][..., None]
     for split, number in (("train", count), ("val", 1)):
         for kind in ("images", "labels", "instances"):
             (folder / split / kind).mkdir(parents=True, exist_ok=True)
         for i in range(number):
             photograph = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
-            blocks = rng.integers(0, CLASSES, (8, 8), dtype=np.uint8)
-            labels = np.asarray(Image.fromarray(blocks).resize((side, side), Image.Resampling.NEAREST))
-            for kind, pixels in (("images", photograph), ("labels", labels), ("instances", labels)):
+            y, x = side * rng.random((2, REGIONS[side]))
+            region = ((row - y) ** 2 + (column - x) ** 2).argmin(axis=2).astype(np.uint8)
+            labels = rng.integers(0, CLASSES, REGIONS[side], dtype=np.uint8)[region]
+            for kind, pixels in (("images", photograph), ("labels", labels), ("instances", region)):
                 Image.fromarray(pixels).save(folder / split / kind / f"{i:03d}.png")
 
 
@@ -128,38 +136,96 @@ def timed_step(variant, device: torch.device) -> float:
     return time.perf_counter() - since
 
 
-def measure_speed(made: dict, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every timed step, by variant; a warm-up step goes first in each round, as caches are cold then."""
-    seconds: dict[str, list[float]] = {key: [] for key in made}
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for key, variant in made.items():
-            variant.step()
-            seconds[key].append(timed_step(variant, device))
-    return seconds
+class Variant:
+    """A variant in a process of its own; it is built, has taken its first steps, and waits.
+
+    `record` has `peak_gib`, of the GPU or of the process above its start, and `bytes_sent` per step.
+    """
+
+    def __init__(self, key: str, args: argparse.Namespace, data: Path):
+        command = [sys.executable, __file__, "--alone", key, "--data", str(data), "--device", args.device]
+        command += ["--size", args.size, "--batch_size", str(args.batch_size), "--threads", str(args.threads)]
+        self.errors = data.parent / f"{key}.txt"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
+                env=_environment(args.threads),
+            )  # fmt: skip
+        self.record = self._answer()
+
+    def seconds(self) -> float:
+        """Of one step, after one that is not timed: a process that has waited begins with cold caches."""
+        self.process.stdin.write("step\n")
+        return self._answer()
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.errors.stem}: {self.errors.read_text()[-2000:]}")
+        return json.loads(line)
 
 
-def measure_alone(key: str, args: argparse.Namespace, data: Path) -> dict:
-    """A variant in a process of its own: `peak_gib`, `bytes_sent` per step and, on a GPU, `seconds` of its steps."""
-    command = [sys.executable, __file__, "--alone", key, "--data", str(data), "--device", args.device]
-    command += ["--size", args.size, "--batch_size", str(args.batch_size), "--threads", str(args.threads)]
-    command += ["--rounds", str(args.rounds)]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(args.threads))
-    if done.returncode:
-        raise RuntimeError(f"{key}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def print_alone(key: str, args: argparse.Namespace) -> None:
-    """What `measure_alone` reads. Peak memory is the GPU's, or that of the process above its start."""
+def serve(key: str, args: argparse.Namespace) -> None:
+    """What `Variant` starts and asks: prints its record, then the seconds of a step for every line it reads."""
     device = torch.device(args.device)
     before = _peak_resident()
     with tempfile.TemporaryDirectory() as scratch:
         variant = make_variant(key, Path(args.data), args.size, args.batch_size, device, Path(scratch))
         for _ in range(2):  # the second has the optimizer's averages from the start
             variant.step()
-        seconds = [timed_step(variant, device) for _ in range(2 * args.rounds)] if device.type == "cuda" else []
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _peak_resident() - before
-    print(json.dumps({"peak_gib": peak, "bytes_sent": variant.bytes_sent, "seconds": seconds}))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _peak_resident() - before
+        print(json.dumps({"peak_gib": peak, "bytes_sent": variant.bytes_sent}), flush=True)
+        for _ in sys.stdin:
+            variant.step()
+            print(timed_step(variant, device), flush=True)
+
+
+def measure(keys: list[str], args: argparse.Namespace, data: Path) -> tuple[dict[str, list[float]], dict[str, dict]]:
+    """Seconds of every timed step, and the record, of each variant."""
+    seconds: dict[str, list[float]] = {key: [] for key in keys}
+    records = {}
+    if args.device == "cpu":
+        made = {key: Variant(key, args, data) for key in tqdm(keys, desc="starting")}
+        for _ in tqdm(range(args.rounds), desc="rounds"):
+            for key, variant in made.items():
+                seconds[key].append(variant.seconds())
+        for key, variant in made.items():
+            records[key] = variant.record
+            variant.end()
+    else:
+        for key in tqdm([*keys, "plain"], desc="variants"):
+            variant = Variant(key, args, data)
+            seconds[key] += [variant.seconds() for _ in range(args.rounds)]
+            records[key] = variant.record
+            variant.end()
+    return seconds, records
+
+
+def distinct_shares(folder: Path, side: int, images: int = 16, batch_size: int = 4) -> list[float]:
+    """Of the 5x5 neighbourhoods in batches of a folder's label maps, how many are distinct: at `side` pixels, and at a
+    half, a quarter and an eighth of that. Edges are those between classes."""
+    from guided_diffusion.conditioning import instance_edges
+
+    files = sorted(folder.rglob("*.png"))
+    files = files[:: max(1, len(files) // images)][:images]
+    maps = [np.asarray(Image.open(path).resize((side, side), Image.Resampling.NEAREST)) for path in files]
+    labels = torch.from_numpy(np.stack(maps).astype(np.int64))[:, None]
+    kinds = 2 * labels + instance_edges(labels)
+    shares = []
+    for step in (1, 2, 4, 8):
+        batches = torch.nn.functional.pad(kinds[..., ::step, ::step], (2, 2, 2, 2), value=-1).split(batch_size)
+        cut = [batch.unfold(2, 5, 1).unfold(3, 5, 1).reshape(-1, 25) for batch in batches]
+        shares.append(statistics.mean(len(torch.unique(pixels, dim=0)) / len(pixels) for pixels in cut))
+    return shares
+
+
+def share_text(shares: list[float], side: int) -> str:
+    parts = [f"{share:.0%} at {side // 2**level} px" for level, share in enumerate(shares)]
+    return "distinct 5x5 neighbourhoods of the layouts: " + ", ".join(parts)
 
 
 def _peak_resident() -> float:
@@ -252,6 +318,7 @@ def parse_arguments() -> argparse.Namespace:
         "--ranks", type=int, default=1, help="0: leave out 1 against 2 ranks, for which a machine has too few GPUs"
     )
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_DEVICE.json, .png beside it")
+    parser.add_argument("--labels", type=Path, metavar="DIR", help="print how alike the label maps of DIR are, and end")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)
     parser.add_argument("--data", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -265,22 +332,17 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     if args.alone:
-        return print_alone(args.alone, args)
+        return serve(args.alone, args)
+    side = SIZES[args.size]["image_size"]
+    if args.labels:
+        return print(share_text(distinct_shares(args.labels, side), side))
     device = torch.device(args.device)
     names = variants(device, args.precisions.split(","))
     keys = args.only.split(",") if args.only else list(names)
     with tempfile.TemporaryDirectory() as temporary:
         data, scratch = Path(temporary) / "data", Path(temporary)
-        draw_data(data, SIZES[args.size]["image_size"])
-        seconds = {}
-        if device.type == "cpu":
-            made = {key: make_variant(key, data, args.size, args.batch_size, device, scratch) for key in keys}
-            seconds = measure_speed(made, device, args.rounds)
-            del made
-        alone = {key: measure_alone(key, args, data) for key in tqdm(keys, desc="each in a process of its own")}
-        if device.type == "cuda":
-            seconds = {key: run["seconds"] for key, run in alone.items()}
-            seconds["plain"] += measure_alone("plain", args, data)["seconds"]
+        draw_data(data, side)
+        seconds, alone = measure(keys, args, data)
         results = {}
         for key in keys:
             median = statistics.median(seconds[key])
@@ -294,15 +356,16 @@ def main() -> None:
                 bytes_per_image=alone[key]["bytes_sent"] / args.batch_size,
             )
         machine = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
-        title = f"Training at {SIZES[args.size]['image_size']} px, {CLASSES} classes, batch {args.batch_size}, on " + (
+        title = f"Training at {side} px, {CLASSES} classes, batch {args.batch_size}, on " + (
             machine if device.type == "cuda" else f"{args.threads} CPU core{'s' * (args.threads > 1)}"
         )
-        print(title, table(results, names), sep="\n")
+        shares = distinct_shares(data / "train" / "labels", side)
+        print(title, table(results, names), share_text(shares, side), sep="\n")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         record = dict(
             command=" ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
             machine=machine, torch=torch.__version__, network=SIZES[args.size] | SETTINGS, batch_size=args.batch_size,
-            results=results, seconds=seconds,
+            distinct_shares=shares, results=results, seconds=seconds,
         )  # fmt: skip
         args.out.write_text(json.dumps(record, indent=1) + "\n")
         plot(results, names, title, args.out.with_suffix(".png"))

@@ -19,16 +19,20 @@ NORM_GROUPS = 32
 
 
 def in_precision_of(
-    function: Callable[..., torch.Tensor], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: Any
+    function: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """`function(x, weight, bias)`, a convolution or linear map, with all three in the precision of x.
 
     CPUs have no fast float16 kernels (convolutions run twenty times slower than in float32): there the float16 numbers
     are multiplied in float32 and only the result is rounded.
     """
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.dtype == torch.float16 and x.device.type == "cpu":
-        return function(x.float(), weight.float(), bias.float(), **options).half()
+        return function(x.float(), weight.float(), None if bias is None else bias.float(), **options).half()
     return function(x, weight, bias, **options)
 
 

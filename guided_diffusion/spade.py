@@ -47,14 +47,10 @@ class Layout:
         """(1 + scale, shift) of `norm` at `size`, each [N, C, h, w]."""
         if norm.index in self._modulations:
             return self._modulations[norm.index]
-        modulation = norm.modulation(self.hidden(norm, size))
+        modulation = norm.modulation(norm.mlp_shared(self.resized(size)))
         if self.keep:
             self._modulations[norm.index] = modulation
         return modulation
-
-    def hidden(self, norm: SPADEGroupNorm, size: Sequence[int]) -> torch.Tensor:
-        """The hidden features [N, 128, h, w] of `norm`, from which it convolves scale and shift."""
-        return norm.mlp_shared(self.resized(size))
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout (into `out`)."""
@@ -70,78 +66,6 @@ class Layout:
         """Frees the one-hot maps once every modulation is kept."""
         self._resized.clear()
         self.y = self.y.new_empty((*self.y.shape[:-1], 0))  # a slice would keep all of it
-
-
-class _LookUp(torch.autograd.Function):
-    """Sums of table rows; the table's gradient is a look-up of its own, from a list that every norm shares.
-
-    `rows` [E] lists, pixel by pixel, the rows of `table` [R, C] that it sums, a pixel's list beginning at `firsts` [P].
-    `pixels` [E] lists, row by row, the pixels that sum it, a row's list beginning at `starts` [R].
-    """
-
-    @staticmethod
-    def forward(
-        ctx, table: torch.Tensor, rows: torch.Tensor, firsts: torch.Tensor, pixels: torch.Tensor, starts: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(pixels, starts)
-        return F.embedding_bag(rows, table, firsts, mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pixels, starts = ctx.saved_tensors
-        return F.embedding_bag(pixels, grad.contiguous(), starts, mode="sum"), None, None, None, None
-
-
-class LabelLayout(Layout):
-    """A layout as integers: the convolution over a one-hot map is a sum of nine weights (and nine more where there are
-    edges), which are looked up.
-
-    The same numbers as `Layout` of the one-hot map, to rounding, without the products with its zeros: on a CPU, which
-    has no matrix units to make those cheap, a third of a training step. For one pass (nothing is kept).
-
-    :param label: class ids [N, 1, H, W]. :param edge: bool [N, 1, H, W], where the network reads instance edges.
-    :param drop: bool [N]; these samples have the null layout. :param dtype: what the network computes in.
-    """
-
-    def __init__(
-        self,
-        label: torch.Tensor,
-        edge: torch.Tensor | None,
-        num_classes: int,
-        drop: torch.Tensor,
-        dtype: torch.dtype,
-    ):
-        drop = drop.view(-1, 1, 1, 1)
-        # The layout channels that are 1 at a pixel: its class and, on an edge, the last one; -1: none.
-        ones = [label.long().masked_fill(drop, -1)]
-        if edge is not None:
-            ones.append(torch.where(edge & ~drop, num_classes, -1))
-        super().__init__(torch.cat(ones, dim=1))
-        self.channels, self.dtype = num_classes + len(ones) - 1, dtype
-
-    def resized(self, size: Sequence[int]) -> tuple[torch.Tensor, ...]:
-        """What `_LookUp` takes after the table, at (height, width) `size`. Of L layout channels, the table's first
-        L rows are for the first neighbour among the 3x3 around a pixel, and so on."""
-        size = tuple(size)
-        if size not in self._resized:
-            ones = F.interpolate(self.y.double(), size=size, mode="nearest").long()
-            around = F.pad(ones, (1, 1, 1, 1), value=-1).unfold(2, 3, 1).unfold(3, 3, 1)  # [N, 1 or 2, h, w, 3, 3]
-            around = around.permute(0, 2, 3, 1, 4, 5).reshape(-1, ones.shape[1], 9)
-            there = around >= 0
-            rows = (around + self.channels * torch.arange(9, device=around.device))[there]
-            of_pixel = there.flatten(1).sum(1)
-            of_row = torch.bincount(rows, minlength=9 * self.channels)
-            pixels = torch.arange(len(of_pixel), device=rows.device).repeat_interleave(of_pixel)
-            pixels = pixels[rows.argsort(stable=True)]
-            self._resized[size] = rows, of_pixel.cumsum(0) - of_pixel, pixels, of_row.cumsum(0) - of_row
-        return self._resized[size]
-
-    def hidden(self, norm: SPADEGroupNorm, size: Sequence[int]) -> torch.Tensor:
-        convolution = norm.mlp_shared[0]
-        table = convolution.weight.permute(2, 3, 1, 0).reshape(9 * self.channels, -1)
-        looked_up = _LookUp.apply(table, *self.resized(size))
-        hidden = norm.mlp_shared[1](looked_up + convolution.bias).to(self.dtype)
-        return hidden.view(-1, *size, hidden.shape[1]).permute(0, 3, 1, 2)  # [N, 128, h, w], channels-last
 
 
 class GuidedLayout:
@@ -179,11 +103,15 @@ class SPADEGroupNorm(nn.Module):
         self.mlp_gamma = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
         self.mlp_beta = Conv2d(SPADE_HIDDEN_CHANNELS, channels, 3, padding=1)
 
-    def modulation(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(1 + scale, shift), each [N, C, h, w], from the layout's hidden features; both by one convolution."""
+    def modulation_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [2C, 128, 3, 3] and bias [2C] of the one convolution that makes (1 + scale, shift)."""
         weight = torch.cat([self.mlp_gamma.weight, self.mlp_beta.weight])
         # The 1 of (1 + scale) rides on the bias. In float32, so that the sum is rounded only once.
-        bias = torch.cat([self.mlp_gamma.bias.float() + 1.0, self.mlp_beta.bias.float()])
+        return weight, torch.cat([self.mlp_gamma.bias.float() + 1.0, self.mlp_beta.bias.float()])
+
+    def modulation(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1 + scale, shift), each [N, C, h, w], from the layout's hidden features; both by one convolution."""
+        weight, bias = self.modulation_weights()
         return in_precision_of(F.conv2d, hidden, weight, bias, padding=1).chunk(2, dim=1)
 
     def forward(self, x: torch.Tensor, layout: Layout | GuidedLayout) -> torch.Tensor:

@@ -17,10 +17,10 @@ from .conditioning import drop_layouts, encode_label_map, instance_edges
 from .dataset_specs import DataError
 from .dist_util import World
 from .image_datasets import LayoutDataset, sampling_batches
+from .label_layout import LabelLayout
 from .pictures import colorize, contact_sheet
 from .samplers import sample_loop
 from .seeding import normals, stable_seed
-from .spade import LabelLayout
 
 Weights = dict[str, torch.Tensor]
 PREVIEW_LAYOUTS = 4

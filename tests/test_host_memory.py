@@ -9,12 +9,18 @@ from guided_diffusion import host_memory
 from guided_diffusion.host_memory import keep_freed_memory
 
 STEPS = """
-import resource, sys, torch
+import ctypes, resource, sys
 from guided_diffusion.host_memory import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
-    return [torch.ones(5_000_000) for _ in range(10)]  # 200 MB in blocks of 20 MB
+    blocks = [libc.malloc(20_000_000) for _ in range(10)]
+    for block in blocks:
+        ctypes.memset(block, 1, 20_000_000)
+    for block in blocks:
+        libc.free(block)
 for _ in range(2):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -12,12 +12,10 @@ import torch
 from training_helpers import differing, make_data, make_loop, state_of
 
 from guided_diffusion import checkpoints
-from guided_diffusion.conditioning import drop_layouts, encode_label_map, instance_edges
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.image_datasets import DataError, training_batches
 from guided_diffusion.script_util import ConfigError
 from guided_diffusion.seeding import normals, stable_seed
-from guided_diffusion.spade import LabelLayout, Layout, SPADEGroupNorm
 from guided_diffusion.train_util import TrainingDiverged
 
 
@@ -208,27 +206,6 @@ def test_dropped_layouts_and_timesteps_follow_the_samples_position(data, tmp_pat
     assert seen[4] == seen[2]
     dropped = np.mean([drop for _, drop, _ in seen[4]])
     assert 0 < dropped < 0.7  # drop_rate 0.3 of 24: these numbers come with probability over 0.999
-
-
-@pytest.mark.parametrize("edges", [False, True])
-@pytest.mark.parametrize("drop", [[False, True, False], [False] * 3, [True] * 3])
-def test_looked_up_layouts_equal_convolved_ones(edges, drop):
-    """Hidden features and the gradient of their weights, with some, no or all samples dropped, at two sizes."""
-    torch.manual_seed(0)
-    label, instance = torch.randint(0, 5, (3, 1, 8, 12)), torch.randint(0, 3, (3, 1, 8, 12))
-    drop = torch.tensor(drop)
-    y = drop_layouts(encode_label_map(label, instance if edges else None, 5), drop)
-    edge = instance_edges(instance) if edges else None
-    norm = SPADEGroupNorm(32, 5 + edges, 1)
-    for size in ((8, 12), (4, 6)):
-        results = []
-        for layout in (Layout(y), LabelLayout(label, edge, 5, drop, torch.float32)):
-            hidden = layout.hidden(norm, size)
-            (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
-            results.append((hidden.detach(), *(p.grad.clone() for p in norm.mlp_shared.parameters())))
-            norm.zero_grad()
-        for convolved, looked_up in zip(*results, strict=True):
-            torch.testing.assert_close(looked_up, convolved, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
 def test_settings_that_changed_since_the_save_are_told(data, tmp_path, capsys):

@@ -1,0 +1,101 @@
+"""Layouts of integers, looked up, against the one-hot maps that they stand for, convolved."""
+
+import pytest
+import torch
+
+from guided_diffusion import label_layout
+from guided_diffusion.conditioning import drop_layouts, encode_label_map, instance_edges
+from guided_diffusion.label_layout import LabelLayout
+from guided_diffusion.spade import Layout, SPADEGroupNorm
+
+CLASSES = 5
+
+
+def draw(regions: bool, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and instances [3, 1, H, W]: noise, in which every neighbourhood differs, or two regions each."""
+    if not regions:
+        return torch.randint(0, CLASSES, (3, 1, height, width)), torch.randint(0, 3, (3, 1, height, width))
+    label = torch.randint(0, CLASSES, (3, 1, 1, 1)).repeat(1, 1, height, width)
+    label[:, :, height // 3 :, width // 2 :] = (label[:, :, :1, :1] + 1) % CLASSES
+    return label, label * 7
+
+
+def modulated(norm: SPADEGroupNorm, layout: Layout, x: torch.Tensor) -> list[torch.Tensor]:
+    """x modulated, and the gradients of x and of every weight, for a loss that weighs each number differently."""
+    norm.zero_grad()
+    x = x.clone().requires_grad_()
+    out = layout.modulate(norm, x)
+    (out.float() * torch.sin(torch.arange(out.numel())).view_as(out)).sum().backward()
+    return [out.detach(), x.grad, *(p.grad.clone() for p in norm.parameters())]
+
+
+def both_ways(regions, edges, drop, size, map_size=(24, 32), dtype=torch.float32):
+    """The results of `modulated` by convolution and by look-up, and the looked-up map."""
+    torch.manual_seed(0)
+    label, instance = draw(regions, *map_size)
+    drop = torch.tensor(drop)
+    y = drop_layouts(encode_label_map(label, instance if edges else None, CLASSES), drop)
+    looked_up = LabelLayout(label, instance_edges(instance) if edges else None, CLASSES, drop, dtype)
+    norm = SPADEGroupNorm(32, CLASSES + edges, 1)
+    x = torch.randn(3, 32, *size).to(dtype, memory_format=torch.channels_last)
+    return modulated(norm, Layout(y.to(dtype)), x), modulated(norm, looked_up, x), looked_up.map(size)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("drop", [[False, True, False], [False] * 3, [True] * 3])
+@pytest.mark.parametrize("regions", [False, True])
+def test_looked_up_layouts_equal_convolved_ones(edges, drop, regions):
+    """Results and gradients, with some, no or all samples dropped, at three sizes, of noise and of regions."""
+    for size in ((24, 32), (12, 16), (6, 8)):
+        convolved, looked_up, here = both_ways(regions, edges, drop, size)
+        assert (here.products is not None) == (regions or all(drop))
+        for expected, found in zip(convolved, looked_up, strict=True):
+            # float32 sums in another order, of up to 3 * 24 * 32 terms
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 8), (2, 2), (2, 7), (8, 2), (3, 3)])
+def test_maps_of_a_few_pixels(size):
+    convolved, looked_up, _ = both_ways(True, True, [False, True, False], size, map_size=size)
+    for expected, found in zip(convolved, looked_up, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_to_float32_as_the_convolution_is(dtype):
+    """Against float32: where each of the two rounds in between differs, how much is lost must not."""
+    exact, _, _ = both_ways(True, True, [False] * 3, (24, 32))
+    convolved, looked_up, here = both_ways(True, True, [False] * 3, (24, 32), dtype=dtype)
+    assert here.products is not None
+    for expected, by_convolution, by_look_up in zip(exact, convolved, looked_up, strict=True):
+        lost, allowed = ((found.float() - expected).norm() / expected.norm() for found in (by_look_up, by_convolution))
+        assert lost < 2 * allowed + 1e-5
+
+
+def test_long_sums_are_split_without_a_difference(monkeypatch):
+    _, whole, here = both_ways(True, True, [False] * 3, (24, 32))
+    monkeypatch.setattr(label_layout, "LONGEST_SUM", 7)
+    _, split, split_here = both_ways(True, True, [False] * 3, (24, 32))
+    assert here.pixels.joints is None or len(here.pixels.starts) < len(split_here.pixels.starts)
+    assert torch.diff(split_here.pixels.starts).max() <= 7
+    for expected, found in zip(whole, split, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_every_distinct_neighbourhood_is_found_once(edges):
+    """The numbers of 5x5 neighbourhoods against the neighbourhoods themselves, cut out pixel by pixel."""
+    torch.manual_seed(1)
+    # 3 pixels to a block: most, but not all, neighbourhoods differ; and borders of the map count as such
+    label = torch.randint(0, 3, (2, 1, 4, 5)).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    label[1] = 0
+    edge = instance_edges(label) if edges else None
+    layout = LabelLayout(label, edge, 3, torch.tensor([False, False]), torch.float32)
+    here = layout.map((12, 15))
+    assert here.ids is not None
+    padded = torch.nn.functional.pad(layout.y, (2, 2, 2, 2), value=-2).unfold(2, 5, 1).unfold(3, 5, 1)
+    cut = padded.permute(0, 2, 3, 1, 4, 5).reshape(2 * 12 * 15, -1).tolist()
+    number_of = {}
+    for neighbourhood, number in zip(map(tuple, cut), here.ids.tolist(), strict=True):
+        assert number_of.setdefault(neighbourhood, number) == number
+    assert sorted(number_of.values()) == list(range(len(number_of)))
