@@ -8,7 +8,7 @@ out=${1:-benchmarks/results}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-python -m pytest tests/test_cuda.py tests/test_golden.py 2>&1 | tail -20
+python -m pytest tests/test_cuda.py tests/test_label_layout.py tests/test_golden.py 2>&1 | tail -20
 python benchmarks/sampling.py --device cuda --out "$out"
 python benchmarks/sampling.py --device cuda --compile --out "$out/compiled"
 python benchmarks/training.py --device cuda --out "$out/training_cuda.json"

@@ -48,6 +48,7 @@ SIZES = {
 }  # fmt: skip
 SETTINGS = dict(num_classes=CLASSES, learn_sigma=True, diffusion_steps=1000, noise_schedule="linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
+OTHERWISE = "_otherwise"  # ends the key of a variant that treats layouts as it would not by itself
 
 
 REGIONS = {64: 20, 256: 48}  # by image size; see `distinct_share`
@@ -70,10 +71,20 @@ def draw_data(folder: Path, side: int, count: int = 32) -> None:
 
 
 def variants(device: torch.device, precisions: list[str]) -> dict[str, str]:
-    """Key -> description. "plain", then with improvements added one after the other, then the engine itself."""
+    """Key -> description. "plain", then with improvements added one after the other, then the engine itself, as it
+    chooses for the device, and with the layout looked up instead of convolved or the other way round."""
     names = {"plain": "plain guided-diffusion way"}
     names |= {improvement: "+ " + text for improvement, text in IMPROVEMENTS.items()}
-    return names | {precision: f"the engine, {precision}" for precision in precisions}
+    for precision in precisions:
+        names[precision] = f"the engine, {precision}"
+        names[precision + OTHERWISE] = f"the engine, {precision}, layout_lookup {_otherwise(device)}"
+    return names
+
+
+def _otherwise(device: torch.device) -> str:
+    from guided_diffusion.script_util import TrainConfig
+
+    return "false" if TrainConfig().looks_layouts_up(device.type) else "true"
 
 
 def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch.device, scratch: Path):
@@ -86,8 +97,10 @@ def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch
     dataset = open_dataset(
         data_dir=data, dataset_mode="custom", split="train", image_size=model.image_size, num_classes=CLASSES
     )
-    if key in PRECISIONS:
-        return Engine(model, diffusion, dataset, batch_size, key, scratch)
+    precision = key.removesuffix(OTHERWISE)
+    if precision in PRECISIONS:
+        layout_lookup = "auto" if key == precision else _otherwise(device)
+        return Engine(model, diffusion, dataset, batch_size, precision, layout_lookup, scratch)
     order = ["plain", *IMPROVEMENTS]
     improved = set(order[1 : order.index(key) + 1])
     return PlainTraining(model, diffusion, dataset, batch_size, device, improved)
@@ -96,7 +109,7 @@ def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch
 class Engine:
     """The training loop itself, step by step."""
 
-    def __init__(self, model, diffusion, dataset, batch_size: int, precision: str, scratch: Path):
+    def __init__(self, model, diffusion, dataset, batch_size: int, precision: str, layout_lookup: str, scratch: Path):
         from guided_diffusion.dist_util import World
         from guided_diffusion.image_datasets import training_batches
         from guided_diffusion.logger import Logger
@@ -110,7 +123,7 @@ class Engine:
             diffusion_config=diffusion,
             dataset=dataset,
             validation=None,
-            config=TrainConfig(batch_size=batch_size, precision=precision, drop_rate=0.2),
+            config=TrainConfig(batch_size=batch_size, precision=precision, layout_lookup=layout_lookup, drop_rate=0.2),
             num_workers=2,
             world=world,
             logger=Logger(str(scratch / precision), active=False),

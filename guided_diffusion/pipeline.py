@@ -26,6 +26,7 @@ from .script_util import (
     ConfigError,
     DiffusionConfig,
     ModelConfig,
+    auto_choice,
     build_config,
     create_gaussian_diffusion,
     create_model,
@@ -36,7 +37,6 @@ from .spade import GuidedLayout, Layout
 from .unet import UNetModel
 from .validation import to_uint8
 
-KEEP_CHOICES = ("auto", "true", "false")
 MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselves need nearly as much
 
 
@@ -84,15 +84,12 @@ class SDMPipeline:
         keep_modulations: str = "auto",
         compile: bool = False,
     ):
-        keep_modulations = str(keep_modulations).lower()  # True and False are welcome
-        if keep_modulations not in KEEP_CHOICES:
-            raise ConfigError(f"keep_modulations must be {', '.join(KEEP_CHOICES)}; got {keep_modulations!r}")
+        self.keep_modulations = auto_choice("keep_modulations", keep_modulations)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).convert_to(PRECISIONS[precision])
         self.model.eval().requires_grad_(False)
         self.network: Callable[..., torch.Tensor] = torch.compile(self.model) if compile else self.model
         self.model_config, self.diffusion_config = model_config, diffusion_config
-        self.keep_modulations = keep_modulations
         self.sharing_memory = 1  # processes among which the device's free memory is divided
         self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
         self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size

@@ -111,6 +111,17 @@ class DataConfig:
     num_workers: int = setting(2, "loader processes per rank")
 
 
+def auto_choice(name: str, value: object) -> str:
+    """The value of a flag that is auto, true or false, in lower case; True and False are welcome.
+
+    :raises ConfigError: any other value.
+    """
+    choice = str(value).lower()
+    if choice not in ("auto", "true", "false"):
+        raise ConfigError(f"{name} must be auto, true or false; got {value!r}")
+    return choice
+
+
 @dataclass
 class TrainConfig:
     """Training."""
@@ -134,6 +145,9 @@ class TrainConfig:
     fp16_scale_growth: float = setting(1e-3, "growth of log2 of the loss scale per step in fp16")
     max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
     max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops")
+    layout_lookup: str = setting(
+        "auto", "SPADE's maps once for each neighbourhood of labels that occurs: auto (on a CPU), true or false"
+    )
     compile: bool = setting(
         False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it"
     )
@@ -189,6 +203,18 @@ class TrainConfig:
             raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
         if self.microbatch == 0 or self.microbatch < -1:
             raise ConfigError(f"microbatch must be -1 or at least 1; got {self.microbatch}")
+        self.looks_layouts_up("cpu")
+
+    def looks_layouts_up(self, device_type: str) -> bool:
+        """Whether training on that kind of device looks layouts up (see `label_layout`).
+
+        :raises ConfigError: an unknown choice, or one that --compile rules out.
+        """
+        choice = auto_choice("layout_lookup", self.layout_lookup)
+        if choice == "true" and self.compile:
+            raise ConfigError("layout_lookup true cannot be compiled: leave out --layout_lookup or --compile")
+        # Not timed on a GPU yet. Compiled: what is looked up has other shapes in every step, each to be compiled anew.
+        return choice == "true" or (choice == "auto" and device_type == "cpu" and not self.compile)
 
 
 @dataclass

@@ -72,6 +72,7 @@ class TrainLoop:
         self.schedule_sampler = create_schedule_sampler(config.schedule_sampler, self.diffusion.num_timesteps)
         self.microbatch = config.microbatch if config.microbatch > 0 else config.batch_size
         self.global_batch = config.batch_size * world.size
+        self.look_up = config.looks_layouts_up(world.device.type)
         self.step = 0  # optimizer steps taken or skipped; checkpoints carry this number
         self.samples_seen = 0
         self.bad_steps = self.bad_in_a_row = 0
@@ -296,6 +297,7 @@ class TrainLoop:
                 self.dataset.num_classes,
                 self.model.dtype,
                 dropped=dropped[part],
+                look_up=self.look_up,
             )
             last = first + self.microbatch >= len(positions)
             losses.append(

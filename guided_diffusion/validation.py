@@ -33,11 +33,13 @@ def to_network(
     num_classes: int,
     dtype: torch.dtype,
     dropped: torch.Tensor | None = None,
+    look_up: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | LabelLayout]:
     """A loader's batch as the network reads it: images float32 [N, 3, H, W] in [-1, 1] (None without photographs) and
     the layout [N, L, H, W]. Integers travel to the device, the rest is made there.
 
-    :param dropped: bool [N], in training: these samples get the null layout. A CPU then gets the layout as integers.
+    :param dropped: bool [N], in training: these samples get the null layout.
+    :param look_up: in training: the layout stays integers, for the network to look up.
     """
     image = batch.get("image")
     if image is not None:
@@ -48,7 +50,7 @@ def to_network(
     if dropped is None:
         return image, encode_label_map(label, instance, num_classes, dtype)
     dropped = dropped.to(device)
-    if device.type == "cpu":
+    if look_up:
         edge = None if instance is None else instance_edges(instance)
         return image, LabelLayout(label, edge, num_classes, dropped, dtype)
     return image, drop_layouts(encode_label_map(label, instance, num_classes, dtype), dropped)

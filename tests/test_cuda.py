@@ -56,7 +56,8 @@ def test_the_same_picture_as_on_the_cpu(tmp_path, sampler, steps, precision, lev
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_training_and_resume(tmp_path, precision):
+@pytest.mark.parametrize("layout_lookup", ["auto", "true"])
+def test_training_and_resume(tmp_path, precision, layout_lookup):
     write_custom(tmp_path / "data", classes=MODEL.num_classes)
     settings = dict(
         data_dir=tmp_path / "data",
@@ -72,6 +73,7 @@ def test_training_and_resume(tmp_path, precision):
         batch_size=2,
         num_workers=0,
         precision=precision,
+        layout_lookup=layout_lookup,
         logdir=tmp_path / "run",
     )
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]

@@ -9,6 +9,7 @@ from guided_diffusion.label_layout import LabelLayout
 from guided_diffusion.spade import Layout, SPADEGroupNorm
 
 CLASSES = 5
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def draw(regions: bool, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,29 +26,31 @@ def modulated(norm: SPADEGroupNorm, layout: Layout, x: torch.Tensor) -> list[tor
     norm.zero_grad()
     x = x.clone().requires_grad_()
     out = layout.modulate(norm, x)
-    (out.float() * torch.sin(torch.arange(out.numel())).view_as(out)).sum().backward()
+    (out.float() * torch.sin(torch.arange(out.numel(), device=x.device)).view_as(out)).sum().backward()
     return [out.detach(), x.grad, *(p.grad.clone() for p in norm.parameters())]
 
 
-def both_ways(regions, edges, drop, size, map_size=(24, 32), dtype=torch.float32):
+def both_ways(regions, edges, drop, size, map_size=(24, 32), dtype=torch.float32, device="cpu"):
     """The results of `modulated` by convolution and by look-up, and the looked-up map."""
+    torch.backends.cudnn.allow_tf32 = False  # TF32 has 10 bits
     torch.manual_seed(0)
     label, instance = draw(regions, *map_size)
-    drop = torch.tensor(drop)
+    label, instance, drop = label.to(device), instance.to(device), torch.tensor(drop, device=device)
     y = drop_layouts(encode_label_map(label, instance if edges else None, CLASSES), drop)
     looked_up = LabelLayout(label, instance_edges(instance) if edges else None, CLASSES, drop, dtype)
-    norm = SPADEGroupNorm(32, CLASSES + edges, 1)
-    x = torch.randn(3, 32, *size).to(dtype, memory_format=torch.channels_last)
+    norm = SPADEGroupNorm(32, CLASSES + edges, 1).to(device)
+    x = torch.randn(3, 32, *size).to(device, dtype, memory_format=torch.channels_last)
     return modulated(norm, Layout(y.to(dtype)), x), modulated(norm, looked_up, x), looked_up.map(size)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("edges", [False, True])
 @pytest.mark.parametrize("drop", [[False, True, False], [False] * 3, [True] * 3])
 @pytest.mark.parametrize("regions", [False, True])
-def test_looked_up_layouts_equal_convolved_ones(edges, drop, regions):
+def test_looked_up_layouts_equal_convolved_ones(edges, drop, regions, device):
     """Results and gradients, with some, no or all samples dropped, at three sizes, of noise and of regions."""
     for size in ((24, 32), (12, 16), (6, 8)):
-        convolved, looked_up, here = both_ways(regions, edges, drop, size)
+        convolved, looked_up, here = both_ways(regions, edges, drop, size, device=device)
         assert (here.products is not None) == (regions or all(drop))
         for expected, found in zip(convolved, looked_up, strict=True):
             # float32 sums in another order, of up to 3 * 24 * 32 terms
@@ -61,11 +64,12 @@ def test_maps_of_a_few_pixels(size):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float32_as_the_convolution_is(dtype):
+def test_half_precision_is_as_near_to_float32_as_the_convolution_is(dtype, device):
     """Against float32: where each of the two rounds in between differs, how much is lost must not."""
-    exact, _, _ = both_ways(True, True, [False] * 3, (24, 32))
-    convolved, looked_up, here = both_ways(True, True, [False] * 3, (24, 32), dtype=dtype)
+    exact, _, _ = both_ways(True, True, [False] * 3, (24, 32), device=device)
+    convolved, looked_up, here = both_ways(True, True, [False] * 3, (24, 32), dtype=dtype, device=device)
     assert here.products is not None
     for expected, by_convolution, by_look_up in zip(exact, convolved, looked_up, strict=True):
         lost, allowed = ((found.float() - expected).norm() / expected.norm() for found in (by_look_up, by_convolution))

@@ -14,6 +14,7 @@ from training_helpers import differing, make_data, make_loop, state_of
 from guided_diffusion import checkpoints
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.image_datasets import DataError, training_batches
+from guided_diffusion.label_layout import LabelLayout
 from guided_diffusion.script_util import ConfigError
 from guided_diffusion.seeding import normals, stable_seed
 from guided_diffusion.train_util import TrainingDiverged
@@ -338,6 +339,34 @@ def test_a_save_on_a_signal_writes_before_it_measures(data, tmp_path, monkeypatc
     assert sorted(set(seen)) == [(3, False), (5, True)]
     assert checkpoints.newest_complete(str(tmp_path), print)["validation_loss"].keys() == {"0.9", "0.99"}
     assert "val_loss_0.9" in (tmp_path / "progress.jsonl").read_text().splitlines()[-1]
+
+
+def test_looking_layouts_up_changes_nothing_but_the_rounding(data, tmp_path, monkeypatch):
+    make_map, once_each = LabelLayout._make_map, []
+
+    def noted(layout, size):
+        once_each.append(make_map(layout, size).products is not None)
+        return make_map(layout, size)
+
+    monkeypatch.setattr(LabelLayout, "_make_map", noted)
+    results = []
+    for choice, maps in (("false", set()), ("auto", {True, False})):
+        make_loop(data, tmp_path / choice, max_steps=6, layout_lookup=choice).run()
+        assert set(once_each) == maps  # it pays at one resolution, at another not
+        results.append(state_of(tmp_path / choice, 6))
+    convolved, looked_up = results
+    assert any(not torch.equal(looked_up[name], convolved[name]) for name in looked_up)
+    for name in looked_up:
+        if name.startswith("ema_0.99"):
+            # Adam divides by the gradient's own size: six steps of 1e-3, of which the average takes a hundredth
+            torch.testing.assert_close(looked_up[name], convolved[name], rtol=1e-4, atol=2e-5)
+
+
+def test_what_cannot_be_looked_up_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match="layout_lookup must be auto, true or false; got 'yes'"):
+        make_loop(data, tmp_path, layout_lookup="yes")
+    with pytest.raises(ConfigError, match="layout_lookup true cannot be compiled"):
+        make_loop(data, tmp_path, layout_lookup="True", compile=True)
 
 
 def test_compiled_training_keeps_the_names_and_the_numbers(data, tmp_path, monkeypatch):
