@@ -46,7 +46,7 @@ class _Sums(NamedTuple):
 
     def __call__(self, table: torch.Tensor) -> torch.Tensor:
         """[R, C] -> [entries, C]."""
-        sums = F.embedding_bag(self.rows, table, self.starts, mode="sum")
+        sums = F.embedding_bag(self.rows, table.detach(), self.starts, mode="sum")  # gradients take their own way
         if self.joints is None:
             return sums
         return F.embedding_bag(torch.arange(len(sums), device=sums.device), sums, self.joints, mode="sum")
