@@ -255,7 +255,7 @@ def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
             logdir = folder / f"ranks{ranks}-{repeat}"
             settings = SIZES[args.size] | SETTINGS | dict(
                 data_dir=data, dataset_mode="custom", logdir=logdir, batch_size=args.batch_size // ranks,
-                max_steps=8, log_interval=4, num_workers=1, val_images=0,
+                max_steps=20, log_interval=10, num_workers=1, val_images=0,
             )  # fmt: skip
             arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -263,7 +263,7 @@ def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
             threads = max(1, args.threads // ranks) if args.device == "cpu" else args.threads
             subprocess.run(command, check=True, capture_output=True, env=_environment(threads))
             rows = [json.loads(line) for line in (logdir / "progress.jsonl").read_text().splitlines()]
-            rates[str(ranks)].append(rows[-1]["images_per_second"])  # steps 5 to 8: after the warm-up
+            rates[str(ranks)].append(rows[-1]["images_per_second"])  # steps 11 to 20: after the warm-up
     return {ranks: max(values) for ranks, values in rates.items()}
 
 
