@@ -16,6 +16,7 @@ engine's speed depends, is printed beside the table (`--labels DIR` prints it of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -168,7 +169,8 @@ class Variant:
 
     def seconds(self) -> float:
         """Of one step, after one that is not timed: a process that has waited begins with cold caches."""
-        self.process.stdin.write("step\n")
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the answer tells why
+            self.process.stdin.write("step\n")
         return self._answer()
 
     def end(self) -> None:

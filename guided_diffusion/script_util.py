@@ -146,7 +146,7 @@ class TrainConfig:
     max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
     max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops")
     layout_lookup: str = setting(
-        "auto", "SPADE's maps once for each neighbourhood of labels that occurs: auto (on a CPU), true or false"
+        "auto", "SPADE's maps once for each neighbourhood of labels: auto (on a CPU, not compiled), true or false"
     )
     compile: bool = setting(
         False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it"
