@@ -1,8 +1,9 @@
 """Layouts as integers: SPADE's convolutions, made once for each neighbourhood that occurs.
 
 A label map is piecewise constant, so most of its neighbourhoods occur again and again: of the 5x5 neighbourhoods at
-256 pixels that decide a pixel's scale and shift, one in five to one in fifteen is distinct. What SPADE convolves is
-computed for those and handed to their pixels. The same numbers as `Layout` of the one-hot map, to rounding.
+256 pixels, which decide their pixels' scale and shift, one in eight to one in thirty is distinct (on the real maps of
+`benchmarks/RESULTS.md`). What SPADE convolves is computed for those and handed to their pixels. The same numbers as
+`Layout` of the one-hot map, to rounding.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .nn import in_precision_of
-from .spade import Layout, SPADEGroupNorm
+from .spade import SPADEGroupNorm
 
 NONE = -1  # in a list of layout channels: nothing is 1 here
-# Where more of a map's 3x3 neighbourhoods than these are distinct, the convolution over all pixels is faster.
+# Where a larger share of a map's 3x3 neighbourhoods is distinct, the convolution over all pixels is about as fast, and
+# takes less memory.
 MOST_DISTINCT = 0.5
 LONGEST_SUM = 256  # rows; longer sums are split, so that one large region does not keep a single core busy
 
@@ -37,9 +40,9 @@ class _Sums(NamedTuple):
     def of(cls, rows: torch.Tensor, counts: torch.Tensor) -> _Sums:
         """Entry i sums the next counts[i] of `rows`."""
         starts = counts.cumsum(0) - counts
-        if not len(counts) or counts.max() <= LONGEST_SUM:
+        if counts.max() <= LONGEST_SUM:
             return cls(rows, starts, None)
-        pieces = ((counts + LONGEST_SUM - 1) // LONGEST_SUM).clamp(min=1)
+        pieces = (counts + LONGEST_SUM - 1) // LONGEST_SUM
         joints = pieces.cumsum(0) - pieces
         nth_piece = torch.arange(int(pieces.sum()), device=rows.device) - joints.repeat_interleave(pieces)
         return cls(rows, starts.repeat_interleave(pieces) + LONGEST_SUM * nth_piece, joints)
@@ -80,6 +83,7 @@ class _SumRows(torch.autograd.Function):
         return gather.forth(table)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.back(grad.contiguous()), None
 
@@ -99,6 +103,7 @@ class _Modulate(torch.autograd.Function):
         return torch.addcmul(shift.index_select(0, ids), x, scale.index_select(0, ids))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, ids = ctx.saved_tensors
         grad = grad.contiguous()
@@ -122,15 +127,20 @@ class _Map:
     pixels: _Sums | None = None
 
 
-class LabelLayout(Layout):
-    """A layout of integers, for one pass (nothing is kept).
+class LabelLayout:
+    """A layout of integers, for a training step: a `Modulation`.
 
     The convolution over a one-hot map is a sum of nine weights (and nine more where there are edges), which are looked
-    up; the convolution of scale and shift that follows is made once for each 5x5 neighbourhood that occurs.
+    up. The convolution of scale and shift that follows is made once for each 5x5 neighbourhood that occurs, at those
+    resolutions where at most `MOST_DISTINCT` of the 3x3 neighbourhoods are distinct; elsewhere at every pixel.
 
-    :param label: class ids [N, 1, H, W]. :param edge: bool [N, 1, H, W], where the network reads instance edges.
-    :param drop: bool [N]; these samples have the null layout. :param dtype: what the network computes in.
+    :param label: class ids [N, 1, H, W], all below `num_classes` (the loader has seen to that).
+    :param edge: bool [N, 1, H, W], for a network with the edge channel, and only for one.
+    :param num_classes: of the network. :param drop: bool [N]; these samples have the null layout.
+    :param dtype: what the network computes in.
     """
+
+    passes = 1
 
     def __init__(
         self,
@@ -145,7 +155,7 @@ class LabelLayout(Layout):
         ones = [label.long().masked_fill(drop, NONE)]
         if edge is not None:
             ones.append(torch.where(edge & ~drop, num_classes, NONE))
-        super().__init__(torch.cat(ones, dim=1))
+        self.ones = torch.cat(ones, dim=1)
         self.channels, self.dtype = num_classes + len(ones) - 1, dtype
         self._maps: dict[tuple[int, ...], _Map] = {}
 
@@ -157,7 +167,7 @@ class LabelLayout(Layout):
         return self._maps[size]
 
     def _make_map(self, size: tuple[int, ...]) -> _Map:
-        ones = F.interpolate(self.y.double(), size=size, mode="nearest").long()
+        ones = F.interpolate(self.ones.double(), size=size, mode="nearest").long()
         around = F.pad(ones, (1, 1, 1, 1), value=NONE)
         threes, order, firsts = _number_neighbourhoods(around, self.channels)
         worth_it = min(size) > 1 and len(firsts) <= MOST_DISTINCT * len(order)
@@ -169,7 +179,7 @@ class LabelLayout(Layout):
         if not worth_it:
             return _Map(hidden)
         threes = F.pad(threes, (1, 1, 1, 1), value=len(firsts))  # outside the map: one more spot, without features
-        fives, order, first_fives = _number_corners(threes)
+        fives, order, first_fives = _number_corners(threes, len(firsts) + 1)
         around = threes.unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 9)[order[first_fives]]
         rows = (9 * around + torch.arange(9, device=around.device)).masked_fill_(around == len(firsts), NONE)
         counts = torch.diff(first_fives, append=first_fives.new_tensor([len(order)]))
@@ -182,13 +192,14 @@ class LabelLayout(Layout):
         table = convolution.weight.permute(2, 3, 1, 0).reshape(9 * self.channels, -1)
         return activation(_SumRows.apply(table, gather) + convolution.bias).to(self.dtype)
 
-    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout."""
         here = self.map(x.shape[2:])
         hidden = self._hidden_rows(norm, here.hidden)  # [spots, 128]
         if here.products is None:
             hidden = hidden.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)  # [N, 128, h, w], channels-last
             scale, shift = norm.modulation(hidden)
-            return torch.addcmul(shift, x, scale, out=out)
+            return torch.addcmul(shift, x, scale)
         weight, bias = norm.modulation_weights()
         table = weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])  # [9 * 2C, 128]
         products = in_precision_of(F.linear, hidden, table).view(-1, len(weight))  # [spots * 9, 2C]
@@ -226,12 +237,12 @@ def _number_neighbourhoods(ones: torch.Tensor, channels: int) -> tuple[torch.Ten
     return _number(pairs * kinds + columns[:, :, 2:])
 
 
-def _number_corners(threes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The 5x5 neighbourhoods, numbered as by `_number`, [N, h, w], from the 3x3 ones around them [N, h + 2, w + 2].
+def _number_corners(threes: torch.Tensor, kinds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The 5x5 neighbourhoods, numbered as by `_number`, [N, h, w], from the 3x3 ones around them [N, h + 2, w + 2],
+    which are numbers below `kinds`.
 
     Those at its four corners make up a 5x5 neighbourhood, and tell how much of it is outside (the highest number); so
     no more than these are compared.
     """
-    kinds = int(threes.max()) + 1
     pairs, _, firsts = _number(threes[:, :, :-2] * kinds + threes[:, :, 2:])
     return _number(pairs[:, :-2] * len(firsts) + pairs[:, 2:])

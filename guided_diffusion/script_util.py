@@ -203,16 +203,12 @@ class TrainConfig:
             raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
         if self.microbatch == 0 or self.microbatch < -1:
             raise ConfigError(f"microbatch must be -1 or at least 1; got {self.microbatch}")
-        self.looks_layouts_up("cpu")
+        if auto_choice("layout_lookup", self.layout_lookup) == "true" and self.compile:
+            raise ConfigError("layout_lookup true cannot be compiled: leave out --layout_lookup or --compile")
 
     def looks_layouts_up(self, device_type: str) -> bool:
-        """Whether training on that kind of device looks layouts up (see `label_layout`).
-
-        :raises ConfigError: an unknown choice, or one that --compile rules out.
-        """
+        """Whether training on that kind of device looks layouts up (see `label_layout`)."""
         choice = auto_choice("layout_lookup", self.layout_lookup)
-        if choice == "true" and self.compile:
-            raise ConfigError("layout_lookup true cannot be compiled: leave out --layout_lookup or --compile")
         # Not timed on a GPU yet. Compiled: what is looked up has other shapes in every step, each to be compiled anew.
         return choice == "true" or (choice == "auto" and device_type == "cpu" and not self.compile)
 

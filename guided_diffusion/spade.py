@@ -8,6 +8,7 @@ map once per resolution and, when told to, keeps each norm's scale and shift for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,15 @@ import torch.nn.functional as F
 from .nn import NORM_GROUPS, Conv2d, GroupNorm, in_precision_of
 
 SPADE_HIDDEN_CHANNELS = 128
+
+
+class Modulation(Protocol):
+    """What the network asks of a layout: `passes` 2 stands for a conditional and a null pass in one batch."""
+
+    passes: int
+
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
+        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout."""
 
 
 class Layout:
@@ -114,5 +124,5 @@ class SPADEGroupNorm(nn.Module):
         weight, bias = self.modulation_weights()
         return in_precision_of(F.conv2d, hidden, weight, bias, padding=1).chunk(2, dim=1)
 
-    def forward(self, x: torch.Tensor, layout: Layout | GuidedLayout) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: Modulation) -> torch.Tensor:
         return layout.modulate(self, self.param_free_norm(x))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .nn import Conv2d, Linear, PointwiseConv1d, normalization, timestep_embedding, zero_module
-from .spade import GuidedLayout, Layout, SPADEGroupNorm
+from .spade import GuidedLayout, Layout, Modulation, SPADEGroupNorm
 
 
 class Upsample(nn.Module):
@@ -86,13 +86,13 @@ class ResBlock(nn.Module):
             self.out_layers = nn.Sequential(normalization(out_channels), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if out_channels == channels else Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Modulation | None = None) -> torch.Tensor:
         """x [N, C, h, w], emb [N, E] -> [N, C', h', w']."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(self._forward, x, emb, layout, use_reentrant=False)
         return self._forward(x, emb, layout)
 
-    def _forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Modulation | None) -> torch.Tensor:
         if self.spade:
             h = self.in_norm(x, layout)
             in_rest, out_norm, out_rest = self.in_layers, None, self.out_layers
@@ -152,7 +152,7 @@ class AttentionBlock(nn.Module):
 class Stage(nn.Sequential):
     """One entry of the encoder or decoder: blocks in a row, each given what it reads."""
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Layout | GuidedLayout | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Modulation | None = None) -> torch.Tensor:
         for block in self:
             x = block(x, emb, layout) if isinstance(block, ResBlock) else block(x)
         return x
@@ -335,9 +335,7 @@ class UNetModel(nn.Module):
                 f"the network was built with no_instance); got {list(y.shape)}"
             )
 
-    def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | Layout | GuidedLayout
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | Modulation) -> torch.Tensor:
         """Predicts from x [N, 3, H, W] at timesteps [N].
 
         `y` is the layout [N, L, H, W] (all zeros: the null layout), or one that is already encoded.

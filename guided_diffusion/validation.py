@@ -39,7 +39,7 @@ def to_network(
     the layout [N, L, H, W]. Integers travel to the device, the rest is made there.
 
     :param dropped: bool [N], in training: these samples get the null layout.
-    :param look_up: in training: the layout stays integers, for the network to look up.
+    :param look_up: beside `dropped`: the layout stays integers, a `LabelLayout`.
     """
     image = batch.get("image")
     if image is not None:

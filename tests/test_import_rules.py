@@ -23,12 +23,24 @@ ALLOWED = {
     "image_transforms": {"dataset_specs", "image_listing"},
     "image_datasets": {"dataset_specs", "image_listing", "image_transforms"},
     "spade": {"nn"},
+    "label_layout": {"nn", "spade"},
     "unet": {"nn", "spade"},
     "gaussian_diffusion": {"nn", "losses", "samplers"},
     "respace": {"gaussian_diffusion"},
     "script_util": {"gaussian_diffusion", "resample", "respace", "unet"},
 }
-PURE = {"nn", "losses", "conditioning", "samplers", "spade", "unet", "gaussian_diffusion", "respace", "resample"}
+PURE = {
+    "nn",
+    "losses",
+    "conditioning",
+    "samplers",
+    "spade",
+    "label_layout",
+    "unet",
+    "gaussian_diffusion",
+    "respace",
+    "resample",
+}
 IMPURE = {"mpi4py", "PIL", "blobfile", "logging", "torch.distributed", "guided_diffusion.logger"}
 
 

@@ -1,5 +1,6 @@
 """Layouts of integers, looked up, against the one-hot maps that they stand for, convolved."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,17 @@ from guided_diffusion.label_layout import LabelLayout
 from guided_diffusion.spade import Layout, SPADEGroupNorm
 
 CLASSES = 5
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """TF32, which convolutions take by default on a GPU, has 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -26,13 +38,13 @@ def modulated(norm: SPADEGroupNorm, layout: Layout, x: torch.Tensor) -> list[tor
     norm.zero_grad()
     x = x.clone().requires_grad_()
     out = layout.modulate(norm, x)
+    assert out.dtype == x.dtype and out.shape == x.shape
     (out.float() * torch.sin(torch.arange(out.numel(), device=x.device)).view_as(out)).sum().backward()
     return [out.detach(), x.grad, *(p.grad.clone() for p in norm.parameters())]
 
 
 def both_ways(regions, edges, drop, size, map_size=(24, 32), dtype=torch.float32, device="cpu"):
     """The results of `modulated` by convolution and by look-up, and the looked-up map."""
-    torch.backends.cudnn.allow_tf32 = False  # TF32 has 10 bits
     torch.manual_seed(0)
     label, instance = draw(regions, *map_size)
     label, instance, drop = label.to(device), instance.to(device), torch.tensor(drop, device=device)
@@ -57,11 +69,38 @@ def test_looked_up_layouts_equal_convolved_ones(edges, drop, regions, device):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("size", [(1, 8), (2, 2), (2, 7), (8, 2), (3, 3)])
-def test_maps_of_a_few_pixels(size):
-    convolved, looked_up, _ = both_ways(True, True, [False, True, False], size, map_size=size)
+@pytest.mark.parametrize("size,looks_up", [((1, 24), False), ((24, 1), False), ((2, 2), True), ((2, 7), True)])
+def test_maps_of_a_few_pixels(size, looks_up, monkeypatch):
+    """Even where all are worth it: in a map one pixel high or wide, corners do not tell a neighbourhood."""
+    monkeypatch.setattr(label_layout, "MOST_DISTINCT", 1.0)
+    convolved, looked_up, here = both_ways(True, True, [False, True, False], size, map_size=size)
+    assert (here.products is not None) == looks_up
     for expected, found in zip(convolved, looked_up, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_any_layout_of_any_shape(monkeypatch):
+    """A hundred random cases in float64: shapes, classes, edges, drops, blocks of 1 to 4 pixels, maps to be resized."""
+    monkeypatch.setattr(label_layout, "MOST_DISTINCT", 1.0)
+    monkeypatch.setattr(label_layout, "LONGEST_SUM", 5)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        torch.manual_seed(int(rng.integers(1 << 30)))
+        number, classes, edges = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 200])), bool(rng.integers(2))
+        size = [int(side) for side in rng.integers(1, 12, 2)]
+        block, times = int(rng.integers(1, 5)), int(rng.choice([1, 2, 4]))
+        label = torch.randint(0, classes, (number, 1, *(-(-side * times // block) for side in size)))
+        label = label.repeat_interleave(block, 2).repeat_interleave(block, 3)
+        label = label[..., : size[0] * times, : size[1] * times].contiguous()
+        edge = instance_edges(label) if edges else None
+        drop = torch.rand(number) < 0.3
+        y = drop_layouts(encode_label_map(label, label if edges else None, classes, torch.float64), drop)
+        norm = SPADEGroupNorm(32, classes + edges, 1).double()
+        x = torch.randn(number, 32, *size, dtype=torch.float64)
+        looked_up = LabelLayout(label.to(torch.uint8), edge, classes, drop, torch.float64)
+        for expected, found in zip(modulated(norm, Layout(y), x), modulated(norm, looked_up, x), strict=True):
+            # the bias is rounded to float32 on the way, in both
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -80,7 +119,7 @@ def test_long_sums_are_split_without_a_difference(monkeypatch):
     _, whole, here = both_ways(True, True, [False] * 3, (24, 32))
     monkeypatch.setattr(label_layout, "LONGEST_SUM", 7)
     _, split, split_here = both_ways(True, True, [False] * 3, (24, 32))
-    assert here.pixels.joints is None or len(here.pixels.starts) < len(split_here.pixels.starts)
+    assert here.pixels.joints is not None and len(here.pixels.starts) < len(split_here.pixels.starts)
     assert torch.diff(split_here.pixels.starts).max() <= 7
     for expected, found in zip(whole, split, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
@@ -97,7 +136,7 @@ def test_every_distinct_neighbourhood_is_found_once(edges):
     layout = LabelLayout(label, edge, 3, torch.tensor([False, False]), torch.float32)
     here = layout.map((12, 15))
     assert here.ids is not None
-    padded = torch.nn.functional.pad(layout.y, (2, 2, 2, 2), value=-2).unfold(2, 5, 1).unfold(3, 5, 1)
+    padded = torch.nn.functional.pad(layout.ones, (2, 2, 2, 2), value=-2).unfold(2, 5, 1).unfold(3, 5, 1)
     cut = padded.permute(0, 2, 3, 1, 4, 5).reshape(2 * 12 * 15, -1).tolist()
     number_of = {}
     for neighbourhood, number in zip(map(tuple, cut), here.ids.tolist(), strict=True):

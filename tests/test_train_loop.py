@@ -195,7 +195,7 @@ def test_dropped_layouts_and_timesteps_follow_the_samples_position(data, tmp_pat
         compute, record = loop.diffusion.training_losses, []
 
         def training_losses(network, x_start, t, kwargs, noise, compute=compute, record=record):
-            dropped = (kwargs["y"].y == -1).all(dim=3).all(dim=2)[:, 0]
+            dropped = (kwargs["y"].ones == -1).all(dim=3).all(dim=2)[:, 0]
             record += zip(t.tolist(), dropped.tolist(), noise.sum(dim=(1, 2, 3)).tolist(), strict=True)
             return compute(network, x_start, t, kwargs, noise)
 
