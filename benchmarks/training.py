@@ -6,8 +6,9 @@
 
 Every variant has a process of its own, as a user's run has. On a CPU they take a few steps in turn, round after round,
 so that a busy machine slows all of them alike. A GPU does not hold them all: there one runs after the other, and the
-plain way once more at the end. Ratios compare medians. Ends with 1 against 2 ranks at an equal global batch, through
-image_train.py, where there are 2 GPUs. Writes a table, JSON and a plot.
+plain way once more at the end; a variant that fails, as for want of memory, is told and left out. Ratios compare
+medians. Ends with 1 against 2 ranks at an equal global batch, through image_train.py, where there are 2 GPUs. Writes a
+table, JSON and a plot.
 
 The layouts are drawn: 20 regions at 64 pixels, 48 at 256. How many of their neighbourhoods are distinct, on which the
 engine's speed depends, is printed beside the table (`--labels DIR` prints it of a folder of label maps, and ends).
@@ -49,10 +50,10 @@ SIZES = {
 }  # fmt: skip
 SETTINGS = dict(num_classes=CLASSES, learn_sigma=True, diffusion_steps=1000, noise_schedule="linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
-OTHERWISE = "_otherwise"  # ends the key of a variant that treats layouts as it would not by itself
+LAYOUT_LOOKUP = {"": "auto", "_convolved": "false", "_looked_up": "true"}  # by the end of a variant's key
 
 
-REGIONS = {64: 20, 256: 48}  # by image size; see `distinct_share`
+REGIONS = {64: 20, 256: 48}  # by image size; see `distinct_shares`
 
 
 def draw_data(folder: Path, side: int, count: int = 32) -> None:
@@ -76,16 +77,11 @@ def variants(device: torch.device, precisions: list[str]) -> dict[str, str]:
     chooses for the device, and with the layout looked up instead of convolved or the other way round."""
     names = {"plain": "plain guided-diffusion way"}
     names |= {improvement: "+ " + text for improvement, text in IMPROVEMENTS.items()}
+    otherwise = "_convolved" if device.type == "cpu" else "_looked_up"
     for precision in precisions:
         names[precision] = f"the engine, {precision}"
-        names[precision + OTHERWISE] = f"the engine, {precision}, layout_lookup {_otherwise(device)}"
+        names[precision + otherwise] = f"the engine, {precision}, layout_lookup {LAYOUT_LOOKUP[otherwise]}"
     return names
-
-
-def _otherwise(device: torch.device) -> str:
-    from guided_diffusion.script_util import TrainConfig
-
-    return "false" if TrainConfig().looks_layouts_up(device.type) else "true"
 
 
 def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch.device, scratch: Path):
@@ -98,10 +94,9 @@ def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch
     dataset = open_dataset(
         data_dir=data, dataset_mode="custom", split="train", image_size=model.image_size, num_classes=CLASSES
     )
-    precision = key.removesuffix(OTHERWISE)
+    precision = key[:4]
     if precision in PRECISIONS:
-        layout_lookup = "auto" if key == precision else _otherwise(device)
-        return Engine(model, diffusion, dataset, batch_size, precision, layout_lookup, scratch)
+        return Engine(model, diffusion, dataset, batch_size, precision, LAYOUT_LOOKUP[key[4:]], scratch)
     order = ["plain", *IMPROVEMENTS]
     improved = set(order[1 : order.index(key) + 1])
     return PlainTraining(model, diffusion, dataset, batch_size, device, improved)
@@ -124,7 +119,7 @@ class Engine:
             diffusion_config=diffusion,
             dataset=dataset,
             validation=None,
-            config=TrainConfig(batch_size=batch_size, precision=precision, layout_lookup=layout_lookup, drop_rate=0.2),
+            config=TrainConfig(batch_size=batch_size, precision=precision, layout_lookup=layout_lookup),
             num_workers=2,
             world=world,
             logger=Logger(str(scratch / precision), active=False),
@@ -143,6 +138,8 @@ class Engine:
 
 
 def timed_step(variant, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     since = time.perf_counter()
     variant.step()
     if device.type == "cuda":
@@ -163,12 +160,15 @@ class Variant:
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1,
-                env=_environment(args.threads),
+                env=_environment(args.device, args.threads),
             )  # fmt: skip
         self.record = self._answer()
 
     def seconds(self) -> float:
-        """Of one step, after one that is not timed: a process that has waited begins with cold caches."""
+        """Of one step; on a CPU after one that is not timed: a process that has waited begins with cold caches.
+
+        :raises RuntimeError: the process has ended.
+        """
         with contextlib.suppress(BrokenPipeError):  # it has ended; the answer tells why
             self.process.stdin.write("step\n")
         return self._answer()
@@ -180,7 +180,8 @@ class Variant:
     def _answer(self):
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.errors.stem}: {self.errors.read_text()[-2000:]}")
+            status = self.process.wait()
+            raise RuntimeError(f"{self.errors.stem} ended with status {status}: {self.errors.read_text()[-2000:]}")
         return json.loads(line)
 
 
@@ -195,12 +196,13 @@ def serve(key: str, args: argparse.Namespace) -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else _peak_resident() - before
         print(json.dumps({"peak_gib": peak, "bytes_sent": variant.bytes_sent}), flush=True)
         for _ in sys.stdin:
-            variant.step()
+            if device.type == "cpu":
+                variant.step()
             print(timed_step(variant, device), flush=True)
 
 
 def measure(keys: list[str], args: argparse.Namespace, data: Path) -> tuple[dict[str, list[float]], dict[str, dict]]:
-    """Seconds of every timed step, and the record, of each variant."""
+    """Seconds of every timed step, and the record, of each variant; on a GPU of those that do not fail."""
     seconds: dict[str, list[float]] = {key: [] for key in keys}
     records = {}
     if args.device == "cpu":
@@ -213,11 +215,15 @@ def measure(keys: list[str], args: argparse.Namespace, data: Path) -> tuple[dict
             variant.end()
     else:
         for key in tqdm([*keys, "plain"], desc="variants"):
-            variant = Variant(key, args, data)
-            seconds[key] += [variant.seconds() for _ in range(args.rounds)]
+            try:
+                variant = Variant(key, args, data)
+                seconds[key] += [variant.seconds() for _ in range(args.rounds)]
+            except RuntimeError as error:
+                print(f"left out: {error}", file=sys.stderr)
+                continue
             records[key] = variant.record
             variant.end()
-    return seconds, records
+    return {key: values for key, values in seconds.items() if values}, records
 
 
 def distinct_shares(folder: Path, side: int, images: int = 16, batch_size: int = 4) -> list[float]:
@@ -226,8 +232,12 @@ def distinct_shares(folder: Path, side: int, images: int = 16, batch_size: int =
     from guided_diffusion.conditioning import instance_edges
 
     files = sorted(folder.rglob("*.png"))
+    if not files:
+        raise SystemExit(f"error: no label maps (PNG) in {folder}")
     files = files[:: max(1, len(files) // images)][:images]
     maps = [np.asarray(Image.open(path).resize((side, side), Image.Resampling.NEAREST)) for path in files]
+    if any(ids.ndim != 2 for ids in maps):
+        raise SystemExit(f"error: label maps hold one id per pixel; those in {folder} have colours")
     labels = torch.from_numpy(np.stack(maps).astype(np.int64))[:, None]
     kinds = 2 * labels + instance_edges(labels)
     shares = []
@@ -263,7 +273,7 @@ def measure_ranks(args: argparse.Namespace, data: Path, folder: Path) -> dict[st
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             command = [*launcher, str(ROOT / "image_train.py"), *arguments]
             threads = max(1, args.threads // ranks) if args.device == "cpu" else args.threads
-            subprocess.run(command, check=True, capture_output=True, env=_environment(threads))
+            subprocess.run(command, check=True, capture_output=True, env=_environment(args.device, threads))
             rows = [json.loads(line) for line in (logdir / "progress.jsonl").read_text().splitlines()]
             rates[str(ranks)].append(rows[-1]["images_per_second"])  # steps 11 to 20: after the warm-up
     return {ranks: max(values) for ranks, values in rates.items()}
@@ -275,14 +285,20 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or "CPU"
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(device: str, threads: int) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # the engine takes a GPU where there is one
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **hidden}
+
+
+def reference(measured: dict) -> str:
+    """The variant in whose units the others are told: the plain way; the first where that one failed."""
+    return "plain" if "plain" in measured else next(iter(measured))
 
 
 def table(results: dict[str, dict[str, float]], names: dict[str, str]) -> str:
     lines = ["| variant | images/s | times plain | peak GiB | share of plain | bytes/image | share |", "|---" * 7 + "|"]
-    plain = results["plain"]
+    plain = results[reference(results)]
     for key, row in results.items():
         lines.append(
             f"| {names[key]} | {row['images_per_second']:.2f} | {row['speedup']:.2f} | {row['peak_gib']:.2f} | "
@@ -301,7 +317,7 @@ def plot(results: dict[str, dict[str, float]], names: dict[str, str], title: str
     keys = list(results)
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.42 * len(keys) + 1.4), sharey=True, layout="constrained")
     colours = ["#b8b8b8" if key == "plain" else "#1f6f8b" if key in PRECISIONS else "#8fc1d4" for key in keys]
-    memory = {key: row["peak_gib"] / results["plain"]["peak_gib"] for key, row in results.items()}
+    memory = {key: row["peak_gib"] / results[reference(results)]["peak_gib"] for key, row in results.items()}
     for axis, values, label in (
         (axes[0], [results[key]["speedup"] for key in keys], "speed, times the plain way (higher is better)"),
         (axes[1], [memory[key] for key in keys], "peak memory, share of the plain way's (lower is better)"),
@@ -354,19 +370,27 @@ def main() -> None:
     device = torch.device(args.device)
     names = variants(device, args.precisions.split(","))
     keys = args.only.split(",") if args.only else list(names)
+    if unknown := sorted(set(keys) - set(names)):
+        raise SystemExit(f"error: no variant {', '.join(unknown)}; choose from {', '.join(names)}")
+    keys = ["plain", *(key for key in keys if key != "plain")]  # what the others are compared with
     with tempfile.TemporaryDirectory() as temporary:
         data, scratch = Path(temporary) / "data", Path(temporary)
         draw_data(data, side)
         seconds, alone = measure(keys, args, data)
+        if not seconds:
+            raise SystemExit("error: every variant failed, for the reasons above")
+        if "plain" not in seconds:
+            print(f"the plain way failed: ratios are to {names[reference(seconds)]}")
+        fastest = min(seconds[reference(seconds)])
         results = {}
-        for key in keys:
+        for key in seconds:
             median = statistics.median(seconds[key])
             results[key] = dict(
                 seconds_per_step=median,
                 fastest=min(seconds[key]),
                 images_per_second=args.batch_size / median,
-                speedup=statistics.median(seconds["plain"]) / median,
-                speedup_of_fastest=min(seconds["plain"]) / min(seconds[key]),
+                speedup=statistics.median(seconds[reference(seconds)]) / median,
+                speedup_of_fastest=fastest / min(seconds[key]),
                 peak_gib=alone[key]["peak_gib"],
                 bytes_per_image=alone[key]["bytes_sent"] / args.batch_size,
             )

@@ -30,17 +30,9 @@ ALLOWED = {
     "script_util": {"gaussian_diffusion", "resample", "respace", "unet"},
 }
 PURE = {
-    "nn",
-    "losses",
-    "conditioning",
-    "samplers",
-    "spade",
-    "label_layout",
-    "unet",
-    "gaussian_diffusion",
-    "respace",
+    "nn", "losses", "conditioning", "samplers", "spade", "label_layout", "unet", "gaussian_diffusion", "respace",
     "resample",
-}
+}  # fmt: skip
 IMPURE = {"mpi4py", "PIL", "blobfile", "logging", "torch.distributed", "guided_diffusion.logger"}
 
 
