@@ -1,15 +1,19 @@
-"""What the benchmarks compare with computes the same as the engine, in every precision they measure."""
+"""What the benchmarks compare with computes the same as the engine; what they count; what they say when it fails."""
 
+import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import sampling  # noqa: E402
+import training  # noqa: E402
 
 from guided_diffusion.conditioning import encode_label_map  # noqa: E402
 from guided_diffusion.script_util import ModelConfig  # noqa: E402
@@ -35,3 +39,19 @@ def test_the_plain_way_computes_the_same_in_its_precision(dtype, tolerance):
         a, b = plain(x.to(dtype), t, y).float(), ours(x, t, y=y)
     assert seen == {(dtype, dtype)}
     assert float((a - b).abs().max() / b.abs().max()) < tolerance
+
+
+def test_distinct_neighbourhoods_are_counted(tmp_path):
+    """A map of one class has 5 x 5 kinds: two beside each border, and the inside; only another class adds to them."""
+    for name, label in (("a", 3), ("b", 3)):
+        Image.fromarray(np.full((64, 64), label, np.uint8)).save(tmp_path / f"{name}.png")
+    assert training.distinct_shares(tmp_path, 64) == [25 / (2 * side**2) for side in (64, 32, 16, 8)]
+    Image.fromarray(np.full((64, 64), 4, np.uint8)).save(tmp_path / "b.png")
+    assert training.distinct_shares(tmp_path, 64)[0] == 50 / (2 * 64**2)
+
+
+def test_a_variant_that_fails_says_why(tmp_path):
+    training.draw_data(tmp_path / "data", 64, count=1)
+    args = argparse.Namespace(device="cpu", size="cpu", batch_size=1, threads=1)
+    with pytest.raises(RuntimeError, match=r"^nonsense ended with status 1: (.|\n)*'nonsense'"):
+        training.Variant("nonsense", args, tmp_path / "data")
