@@ -62,16 +62,13 @@ class _Gather(NamedTuple):
     back: _Sums
 
     @classmethod
-    def of(cls, rows: torch.Tensor, counts: torch.Tensor, table_rows: int) -> _Gather:
+    def of(cls, rows: torch.Tensor, table_rows: int) -> _Gather:
+        """`rows` [entries, K]: each entry sums its K rows, less those that are NONE."""
+        there = rows != NONE
+        rows, counts = rows[there], there.sum(1)
         entries = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
         of_row = torch.bincount(rows, minlength=table_rows)
         return cls(_Sums.of(rows, counts), _Sums.of(entries[rows.argsort(stable=True)], of_row))
-
-    @classmethod
-    def of_table(cls, rows: torch.Tensor, table_rows: int) -> _Gather:
-        """`rows` [entries, K]: each entry sums its K rows, less those that are NONE."""
-        there = rows != NONE
-        return cls.of(rows[there], there.sum(1), table_rows)
 
 
 class _SumRows(torch.autograd.Function):
@@ -159,7 +156,7 @@ class LabelLayout:
         self.channels, self.dtype = num_classes + len(ones) - 1, dtype
         self._maps: dict[tuple[int, ...], _Map] = {}
 
-    def map(self, size: Sequence[int]) -> _Map:
+    def at(self, size: Sequence[int]) -> _Map:
         """The layout at (height, width) `size`, by nearest neighbour."""
         size = tuple(size)
         if size not in self._maps:
@@ -175,7 +172,7 @@ class LabelLayout:
         around = around.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, ones.shape[1], 9)[spots]
         # The table's first L rows, of L layout channels, are for the first neighbour, and so on.
         rows = around + self.channels * torch.arange(9, device=around.device)
-        hidden = _Gather.of_table(rows.masked_fill_(around == NONE, NONE).flatten(1), 9 * self.channels)
+        hidden = _Gather.of(rows.masked_fill_(around == NONE, NONE).flatten(1), 9 * self.channels)
         if not worth_it:
             return _Map(hidden)
         threes = F.pad(threes, (1, 1, 1, 1), value=len(firsts))  # outside the map: one more spot, without features
@@ -183,9 +180,7 @@ class LabelLayout:
         around = threes.unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 9)[order[first_fives]]
         rows = (9 * around + torch.arange(9, device=around.device)).masked_fill_(around == len(firsts), NONE)
         counts = torch.diff(first_fives, append=first_fives.new_tensor([len(order)]))
-        return _Map(
-            hidden, _Gather.of_table(rows, 9 * len(firsts)), ids=fives.flatten(), pixels=_Sums.of(order, counts)
-        )
+        return _Map(hidden, _Gather.of(rows, 9 * len(firsts)), ids=fives.flatten(), pixels=_Sums.of(order, counts))
 
     def _hidden_rows(self, norm: SPADEGroupNorm, gather: _Gather) -> torch.Tensor:
         convolution, activation = norm.mlp_shared
@@ -194,7 +189,7 @@ class LabelLayout:
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout."""
-        here = self.map(x.shape[2:])
+        here = self.at(x.shape[2:])
         hidden = self._hidden_rows(norm, here.hidden)  # [spots, 128]
         if here.products is None:
             hidden = hidden.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)  # [N, 128, h, w], channels-last

@@ -52,7 +52,7 @@ def both_ways(regions, edges, drop, size, map_size=(24, 32), dtype=torch.float32
     looked_up = LabelLayout(label, instance_edges(instance) if edges else None, CLASSES, drop, dtype)
     norm = SPADEGroupNorm(32, CLASSES + edges, 1).to(device)
     x = torch.randn(3, 32, *size).to(device, dtype, memory_format=torch.channels_last)
-    return modulated(norm, Layout(y.to(dtype)), x), modulated(norm, looked_up, x), looked_up.map(size)
+    return modulated(norm, Layout(y.to(dtype)), x), modulated(norm, looked_up, x), looked_up.at(size)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -134,7 +134,7 @@ def test_every_distinct_neighbourhood_is_found_once(edges):
     label[1] = 0
     edge = instance_edges(label) if edges else None
     layout = LabelLayout(label, edge, 3, torch.tensor([False, False]), torch.float32)
-    here = layout.map((12, 15))
+    here = layout.at((12, 15))
     assert here.ids is not None
     padded = torch.nn.functional.pad(layout.ones, (2, 2, 2, 2), value=-2).unfold(2, 5, 1).unfold(3, 5, 1)
     cut = padded.permute(0, 2, 3, 1, 4, 5).reshape(2 * 12 * 15, -1).tolist()
