@@ -1,15 +1,26 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in the order of its worth: tests on CUDA, the benchmarks at the published size, and, where
 # CAMVID names its folder, CamVid from scratch (scripts/camvid.sh).
-# usage: bash benchmarks/gpu.sh [OUT]      figures and plots go to OUT (default benchmarks/results)
+# usage: [PARTS="tests sampling training"] bash benchmarks/gpu.sh [OUT]
+#   OUT     folder of figures and plots (default benchmarks/results)
+#   PARTS   what to run, where time is limited: tests sampling training compiled camvid (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
+parts=${PARTS:-tests sampling training compiled camvid}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-python -m pytest tests/test_cuda.py tests/test_label_layout.py tests/test_golden.py 2>&1 | tail -20
-python benchmarks/sampling.py --device cuda --out "$out"
-python benchmarks/sampling.py --device cuda --compile --out "$out/compiled"
-python benchmarks/training.py --device cuda --out "$out/training_cuda.json"
-if [ -n "${CAMVID:-}" ]; then VENV=none SIZE=gpu bash scripts/camvid.sh; fi
+failed=()
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || exit
+for part in $parts; do
+  echo "== $part"
+  case $part in
+    tests) python -m pytest tests/test_cuda.py tests/test_label_layout.py tests/test_golden.py ;;
+    sampling) python benchmarks/sampling.py --device cuda --out "$out" ;;
+    training) python benchmarks/training.py --device cuda --out "$out/training_cuda.json" ;;
+    compiled) python benchmarks/sampling.py --device cuda --compile --out "$out/compiled" ;;
+    camvid) [ -z "${CAMVID:-}" ] || VENV=none SIZE=gpu bash scripts/camvid.sh ;;
+    *) echo "error: no part $part; choose from tests sampling training compiled camvid" >&2; exit 2 ;;
+  esac || failed+=("$part") # what comes after is worth having all the same
+done
+[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
