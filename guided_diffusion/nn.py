@@ -25,7 +25,7 @@ def in_precision_of(
     bias: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """`function(x, weight, bias)`, a convolution or linear map, with all three in the precision of x.
+    """`function(x, weight, bias)`, a convolution or linear map, with weight and bias in the precision of x.
 
     CPUs have no fast float16 kernels (convolutions run twenty times slower than in float32): there the float16 numbers
     are multiplied in float32 and only the result is rounded.

@@ -93,6 +93,17 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
     return {"model": model, "emas": emas, "optimizer": optimizer}
 
 
+def changed_settings(logdir: str, now: dict[str, Any]) -> list[str]:
+    """Which settings of training differ from those that the run in `logdir` was saved with: "NAME BEFORE -> NOW"."""
+    saved = checkpoints.read_config(os.path.join(logdir, checkpoints.MODEL_NAME)) or {}
+    before = saved.get("training", {})
+    return [
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in now.items()
+        if name in before and before[name] != value and name not in ("logdir", "resume_checkpoint")
+    ]
+
+
 def collect_sharded_state(optimizer: torch.optim.Optimizer, world: World) -> None:
     """Brings every rank's part of a ZeroRedundancyOptimizer's state to rank 0, for its `state_dict`. A collective.
 

@@ -24,7 +24,7 @@ from .logger import Averages, Logger
 from .nn import update_ema
 from .pictures import save_png
 from .resample import create_schedule_sampler
-from .resume import Start, collect_sharded_state, find_start, load_optimizer_state, to_cpu
+from .resume import Start, changed_settings, collect_sharded_state, find_start, load_optimizer_state, to_cpu
 from .script_util import ConfigError, DiffusionConfig, TrainConfig, create_gaussian_diffusion, resolve_precision
 from .seeding import normals, stable_seed, uniforms
 from .stop_signals import StopSignals
@@ -142,9 +142,14 @@ class TrainLoop:
 
     def _take_log_directory(self) -> None:
         """:raises CheckpointError: another run has it, or it cannot be written."""
-        try:
+        with self._writing_log_directory():
             os.makedirs(self.logdir, exist_ok=True)
             self._lock = self._lock or checkpoints.lock(self.logdir)
+
+    @contextlib.contextmanager
+    def _writing_log_directory(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise checkpoints.CheckpointError(
                 f"cannot write to the log directory {self.logdir} ({error}): give another --logdir"
@@ -200,30 +205,15 @@ class TrainLoop:
     def _open_log_directory(self) -> None:
         """Everything that could be refused has been checked: from here on there are files. On rank 0."""
         self._take_log_directory()
-        try:
+        with self._writing_log_directory():
             checkpoints.remove_leftovers(self.logdir)
             self.logger.open(self.step)
-        except OSError as error:
-            raise checkpoints.CheckpointError(
-                f"cannot write to the log directory {self.logdir} ({error}): give another --logdir"
-            ) from error
         if self.start.continues:  # the run may have been killed between writing the set and publishing it
-            self._note_changes()
+            if changes := changed_settings(self.logdir, self.record.get("training", {})):
+                self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
             manifest = checkpoints.read_manifest(self.logdir, self.step)
             losses, measure = manifest["validation_loss"], manifest.get("measure")
             checkpoints.publish_set(self.logdir, self.step, list(self.start.emas), losses, measure)
-
-    def _note_changes(self) -> None:
-        """Tells which settings of training differ from those that the run was saved with. On rank 0."""
-        saved = checkpoints.read_config(os.path.join(self.logdir, checkpoints.MODEL_NAME)) or {}
-        before, now = saved.get("training", {}), self.record.get("training", {})
-        changes = [
-            f"{name} {before[name]!r} -> {value!r}"
-            for name, value in now.items()
-            if name in before and before[name] != value and name not in ("logdir", "resume_checkpoint")
-        ]
-        if changes:
-            self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
