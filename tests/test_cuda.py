@@ -9,21 +9,14 @@ from sampling_helpers import MODEL, run, save_checkpoint
 
 from guided_diffusion.pipeline import SDMPipeline
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("exact_float32"),
+]
 
 T = torch.tensor([17, 801])
 LABEL = np.arange(256).reshape(16, 16) // 64
 GPU = {"CUDA_VISIBLE_DEVICES": "0"}
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """TF32, which convolutions take by default, has 10 bits: no measure of whether the network is right."""
-    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = products.allow_tf32, convolutions.allow_tf32
-    products.allow_tf32 = convolutions.allow_tf32 = False
-    yield
-    products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,15 +12,7 @@ from guided_diffusion.spade import Layout, SPADEGroupNorm
 CLASSES = 5
 
 
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """TF32, which convolutions take by default on a GPU, has 10 bits."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
+pytestmark = pytest.mark.usefixtures("exact_float32")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
@@ -106,7 +98,7 @@ def test_any_layout_of_any_shape(monkeypatch):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_near_to_float32_as_the_convolution_is(dtype, device):
-    """Against float32: where each of the two rounds in between differs, how much is lost must not."""
+    """Against float32. The two ways round at different places; the look-up may lose at most twice as much."""
     exact, _, _ = both_ways(True, True, [False] * 3, (24, 32), device=device)
     convolved, looked_up, here = both_ways(True, True, [False] * 3, (24, 32), dtype=dtype, device=device)
     assert here.products is not None
