@@ -50,9 +50,7 @@ SIZES = {
 }  # fmt: skip
 SETTINGS = dict(num_classes=CLASSES, learn_sigma=True, diffusion_steps=1000, noise_schedule="linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
-LAYOUT_LOOKUP = {"": "auto", "_convolved": "false", "_looked_up": "true"}  # by the end of a variant's key
-
-
+LAYOUT_LOOKUP = {"": "auto", "convolved": "false", "looked_up": "true"}  # by what follows the precision in a key
 REGIONS = {64: 20, 256: 48}  # by image size; see `distinct_shares`
 
 
@@ -77,10 +75,10 @@ def variants(device: torch.device, precisions: list[str]) -> dict[str, str]:
     chooses for the device, and with the layout looked up instead of convolved or the other way round."""
     names = {"plain": "plain guided-diffusion way"}
     names |= {improvement: "+ " + text for improvement, text in IMPROVEMENTS.items()}
-    otherwise = "_convolved" if device.type == "cpu" else "_looked_up"
+    otherwise = "convolved" if device.type == "cpu" else "looked_up"
     for precision in precisions:
         names[precision] = f"the engine, {precision}"
-        names[precision + otherwise] = f"the engine, {precision}, layout_lookup {LAYOUT_LOOKUP[otherwise]}"
+        names[f"{precision}_{otherwise}"] = f"the engine, {precision}, layout_lookup {LAYOUT_LOOKUP[otherwise]}"
     return names
 
 
@@ -94,9 +92,9 @@ def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch
     dataset = open_dataset(
         data_dir=data, dataset_mode="custom", split="train", image_size=model.image_size, num_classes=CLASSES
     )
-    precision = key[:4]
+    precision, _, way = key.partition("_")
     if precision in PRECISIONS:
-        return Engine(model, diffusion, dataset, batch_size, precision, LAYOUT_LOOKUP[key[4:]], scratch)
+        return Engine(model, diffusion, dataset, batch_size, precision, LAYOUT_LOOKUP[way], scratch)
     order = ["plain", *IMPROVEMENTS]
     improved = set(order[1 : order.index(key) + 1])
     return PlainTraining(model, diffusion, dataset, batch_size, device, improved)
