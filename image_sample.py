@@ -20,9 +20,10 @@ from guided_diffusion.script_util import (
     parse_flags,
     resolve_precision,
 )
+from guided_diffusion.stop_signals import EXIT_UNFINISHED
 
 
-def main() -> None:
+def main() -> int:
     classes = [SampleConfig, DataConfig, ModelConfig, DiffusionConfig]
     flags = parse_flags(classes, description=__doc__)
     world = dist_util.setup()
@@ -68,7 +69,7 @@ def main() -> None:
         if dataset.has_instances == pipeline.model_config.no_instance:
             raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
         pipeline.model.check_size(*dataset.shape)
-        SampleRun(
+        finished = SampleRun(
             pipeline=pipeline,
             dataset=dataset,
             config=config,
@@ -78,6 +79,7 @@ def main() -> None:
             world=world,
             log=log,
         ).run()
+    return 0 if finished else EXIT_UNFINISHED
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ from guided_diffusion.script_util import (
     parse_flags,
     resolve_precision,
 )
+from guided_diffusion.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.train_util import TrainingDiverged, TrainLoop
 from guided_diffusion.training_data import open_splits
 
 
-def main() -> None:
+def main() -> int:
     flags = parse_flags([DataConfig, TrainConfig, ModelConfig, DiffusionConfig], description=__doc__)
     world = dist_util.setup()
     with dist_util.report_errors(
@@ -59,7 +60,7 @@ def main() -> None:
         settings = [("data", data), ("training", config), ("model", model_config), ("diffusion", diffusion_config)]
         record = {name: dataclasses.asdict(part) for name, part in settings} | {"torch": torch.__version__}
         logger.log(f"settings: {record}")
-        TrainLoop(
+        finished = TrainLoop(
             model=model,
             diffusion_config=diffusion_config,
             dataset=dataset,
@@ -72,6 +73,7 @@ def main() -> None:
             record=record,
         ).run()
         logger.close()
+    return 0 if finished else EXIT_UNFINISHED
 
 
 if __name__ == "__main__":

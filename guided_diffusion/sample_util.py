@@ -84,8 +84,9 @@ class SampleRun:
             f"samples_{i:0{digits}d}" if self.several else "samples" for i in range(config.samples_per_layout)
         ]
 
-    def run(self) -> None:
-        """Makes what is missing; a signal ends it in order, between two steps. A collective.
+    def run(self) -> bool:
+        """Makes what is missing; a signal ends it in order, between two steps. Returns whether all is there. A
+        collective.
 
         :raises ConfigError: the folder holds images made in another way. :raises DataError: a bad label map.
         :raises CheckpointError: the folder cannot be written.
@@ -128,12 +129,13 @@ class SampleRun:
         if done:
             seconds = time.perf_counter() - since
             self.world.on_main(lambda: self._note_time(done, seconds))
-        if stopped:
+        if stopped and done < count:
             name = signal.Signals(stopped).name
             self.log(f"stopped by {name} after {done} of {count} images; the same command goes on with the others")
-            return
+            return False
         self.world.on_main(self._overview)
         self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
+        return True
 
     # -- before -------------------------------------------------------------------------------------------------------
 

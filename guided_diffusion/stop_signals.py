@@ -9,6 +9,8 @@ from typing import Any
 # SIGUSR1 is what SLURM is commonly told to send before a time limit (--signal=USR1@120); Windows has no such signal.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 SECOND_SIGNAL_SECONDS = 3.0
+# The exit status of a program that a signal ended before its work was done: "try again" in sysexits.h (EX_TEMPFAIL).
+EXIT_UNFINISHED = 75
 
 
 class StopSignals:

@@ -223,14 +223,22 @@ class TrainLoop:
         ends = [end for end in (self.config.max_steps, self.config.lr_anneal_steps) if end > 0]
         return min(ends, default=0)
 
-    def run(self) -> None:
-        """Trains to the end. :raises TrainingDiverged, CheckpointError, DataError: with everything saved before."""
+    @property
+    def finished(self) -> bool:
+        """Whether that step is reached."""
+        return 0 < self.last_step <= self.step
+
+    def run(self) -> bool:
+        """Trains to the end, or until a signal. Returns False where a signal came before the last step.
+
+        :raises TrainingDiverged, CheckpointError, DataError: with everything saved before.
+        """
         self.world.on_main(self._open_log_directory)
-        if self.last_step and self.step >= self.last_step:
+        if self.finished:
             self.logger.log(f"nothing to do: step {self.step} of {self.last_step} is reached")
             if self.saved_step is None:  # started from elsewhere: what comes next looks here
                 self.save()
-            return
+            return True
         weights: np.ndarray | bool = False
         if self.config.class_balance:
             weights = self.world.on_main(lambda: balance_weights(self.dataset, self.num_workers))
@@ -247,7 +255,7 @@ class TrainLoop:
         with batches, StopSignals() as signals, self._progress_bar() as bar:
             self.model.train()
             self._clock, self._clock_step = time.monotonic(), self.step
-            while not (self.last_step and self.step >= self.last_step):
+            while not self.finished:
                 self.train_step(next(batches))
                 bar.update()
                 if self.step % self.config.log_interval == 0:
@@ -260,13 +268,14 @@ class TrainLoop:
                 if due or stop:
                     with self._clock_stopped():
                         self.save(measure_first=due)
-                if stop:
+                if stop and not self.finished:
                     name = signal.Signals(stop).name
                     self.logger.log(f"stopped by {name} at step {self.step}; all is saved")
-                    return
+                    return not self.last_step
             if self.saved_step != self.step:
                 self.save()
         self.logger.log(f"done: {self.step} steps; the weights are in {self.logdir}")
+        return True
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> None:
         """One optimizer step on this rank's batch. A collective."""

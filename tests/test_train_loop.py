@@ -341,6 +341,25 @@ def test_a_save_on_a_signal_writes_before_it_measures(data, tmp_path, monkeypatc
     assert "val_loss_0.9" in (tmp_path / "progress.jsonl").read_text().splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("last", "finished", "told"), [(3, False, "stopped by"), (2, True, "done: 2"), (0, True, "stopped by")]
+)
+def test_run_tells_whether_a_signal_left_steps_to_do(data, tmp_path, monkeypatch, last, finished, told):
+    """The second step's signal: before the last step, at it, and where there is none."""
+    loop = make_loop(data, tmp_path, max_steps=last)
+    step = loop.train_step
+
+    def stopped_at_step_two(batch):
+        step(batch)
+        if loop.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "train_step", stopped_at_step_two)
+    assert loop.run() is finished
+    assert loop.step == 2 and told in (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert checkpoints.newest_complete(str(tmp_path), print)["step"] == 2
+
+
 def test_looking_layouts_up_changes_nothing_but_the_rounding(data, tmp_path, monkeypatch):
     make_map, once_each = LabelLayout._make_map, []
 

@@ -27,6 +27,7 @@ from training_helpers import (
 
 from guided_diffusion import checkpoints
 from guided_diffusion.dist_util import mpi_available
+from guided_diffusion.stop_signals import EXIT_UNFINISHED
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
 needs_mpi = pytest.mark.skipif(
@@ -126,14 +127,15 @@ def test_kills_at_random_moments(ranks, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_ends_in_order(data, tmp_path, number):
-    """SIGTERM to one of two ranks, as a job manager may do it; SIGINT to a single process."""
-    ranks = 2 if number == signal.SIGTERM else 1
-    processes = launch(flags(data, tmp_path / "run", batch_size=2), ranks, tmp_path / "log")
+    """SIGTERM to one of two ranks, as a job manager may do it; SIGINT to a single process that has no last step."""
+    ranks, last_step, status = (2, 10**6, EXIT_UNFINISHED) if number == signal.SIGTERM else (1, 0, 0)
+    arguments = flags(data, tmp_path / "run", batch_size=2, max_steps=last_step)
+    processes = launch(arguments, ranks, tmp_path / "log")
     wait_for(
         lambda: (tmp_path / "run" / "progress.jsonl").exists() and (tmp_path / "run/progress.jsonl").stat().st_size
     )
     processes[-1].send_signal(number)
-    assert finish(processes) == [0] * ranks
+    assert finish(processes) == [status] * ranks
     assert f"stopped by {number.name}" in (tmp_path / "run" / "log.txt").read_text()
     manifest = checkpoints.newest_complete(str(tmp_path / "run"), print)
     assert manifest["step"] > 0
