@@ -335,6 +335,22 @@ def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] 
     return None
 
 
+def check_vacant(folder: str) -> None:
+    """:raises CheckpointError: a new run in `folder` would write over the weights of another one."""
+    if steps := _manifest_steps(folder):
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole, and a new run would replace its weights: restore the files that the "
+            f"warnings name, or give another --logdir, with --resume_checkpoint {join(folder, model_name(steps[-1]))} "
+            "or any other weights that are left (files beside it that are missing start fresh)"
+        )
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    if foreign := [name for name in names if name == MODEL_NAME or re.fullmatch(r"ema_.*_best\.pt", name)]:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(foreign)}, but no manifest ({manifest_name(0)} or later) of a run that could "
+            "go on: a new run would replace these weights; give another --logdir"
+        )
+
+
 def load(path: str) -> Any:
     """What `torch.save` wrote to `path` (local or a blobfile URL), on the CPU; only plain data is accepted.
 

@@ -25,6 +25,7 @@ class Start:
     emas: dict[str, str] = field(default_factory=dict)  # by rate
     optimizer: str = ""
     continues: bool = False  # the log directory's own run
+    base: dict[str, str] = field(default_factory=dict)  # the --resume_checkpoint that the run began from, and its hash
 
     # One file at a time, as every rank of a host gets a copy. :raises CheckpointError: it is damaged.
 
@@ -48,6 +49,8 @@ def find_start(
 
     A numbered checkpoint continues at its step, with the EMAs and the optimizer that lie beside it; one without a
     number (model.pt) lends its weights to a new run. Creates nothing.
+
+    :raises CheckpointError: nothing can be continued, but a new run would replace weights in the log directory.
     """
     manifest = checkpoints.newest_complete(logdir, log)
     if manifest is not None:
@@ -58,14 +61,20 @@ def find_start(
         if manifest["world_size"] != world_size:
             log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
         files = _files_beside(checkpoints.join(logdir, checkpoints.model_name(step)), step, rates, log)
-        return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, **files)
+        base = (checkpoints.read_config(os.path.join(logdir, checkpoints.MODEL_NAME)) or {}).get("start", {})
+        return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, base=base, **files)
+    step = checkpoints.step_of(resume_checkpoint)
+    if step is None or os.path.realpath(os.path.dirname(resume_checkpoint)) != os.path.realpath(logdir):
+        checkpoints.check_vacant(logdir)  # a numbered one in it, of another program, is a run that goes on there
     if not resume_checkpoint:
         log("starting from new weights")
         return Start()
-    step = checkpoints.step_of(resume_checkpoint)
+    base = {}
+    if checkpoints.exists(resume_checkpoint):
+        base = {"checkpoint": resume_checkpoint, "sha256": checkpoints.file_hash(resume_checkpoint)}
     if step is None:
         log(f"starting a new run from the weights in {resume_checkpoint}")
-        return Start(model=resume_checkpoint)
+        return Start(model=resume_checkpoint, base=base)
     log(f"continuing at step {step} from {resume_checkpoint}")
     folder = os.path.dirname(resume_checkpoint)
     if not checkpoints.exists(resume_checkpoint):
@@ -78,7 +87,23 @@ def find_start(
     if "samples_seen" not in manifest:
         log(f"note: no {checkpoints.manifest_name(step)} beside it; the data goes on as after {step} steps")
     seen = manifest.get("samples_seen", step * global_batch)
-    return Start(step=step, samples_seen=seen, **_files_beside(resume_checkpoint, step, rates, log))
+    return Start(step=step, samples_seen=seen, base=base, **_files_beside(resume_checkpoint, step, rates, log))
+
+
+def check_base(start: Start, resume_checkpoint: str) -> None:
+    """For a run that has nothing left to do.
+
+    :raises CheckpointError: what it began from was trained further since, so that its weights are not what the command
+        asks for (a fine-tuning, where the training before it got more steps).
+    """
+    path = start.base.get("checkpoint")
+    if not path or path != resume_checkpoint or not checkpoints.exists(path):
+        return
+    if checkpoints.file_hash(path) != start.base["sha256"]:
+        raise checkpoints.CheckpointError(
+            f"this run is finished, but {path} has changed since it began from it: give another --logdir to begin "
+            "again, or leave --resume_checkpoint out to keep the run as it is"
+        )
 
 
 def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict[str, Any]:
@@ -94,13 +119,13 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
 
 
 def changed_settings(logdir: str, now: dict[str, Any]) -> list[str]:
-    """Which settings of training differ from those that the run in `logdir` was saved with: "NAME BEFORE -> NOW"."""
+    """Which settings differ from those that the run in `logdir` was saved with: "NAME BEFORE -> NOW"."""
     saved = checkpoints.read_config(os.path.join(logdir, checkpoints.MODEL_NAME)) or {}
-    before = saved.get("training", {})
     return [
-        f"{name} {before[name]!r} -> {value!r}"
-        for name, value in now.items()
-        if name in before and before[name] != value and name not in ("logdir", "resume_checkpoint")
+        f"{name} {saved[group][name]!r} -> {value!r}"
+        for group in ("data", "training", "model", "diffusion")
+        for name, value in now.get(group, {}).items()
+        if name in saved.get(group, {}) and saved[group][name] != value and name not in ("logdir", "resume_checkpoint")
     ]
 
 

@@ -24,7 +24,7 @@ from .logger import Averages, Logger
 from .nn import update_ema
 from .pictures import save_png
 from .resample import create_schedule_sampler
-from .resume import Start, changed_settings, collect_sharded_state, find_start, load_optimizer_state, to_cpu
+from .resume import Start, changed_settings, check_base, collect_sharded_state, find_start, load_optimizer_state, to_cpu
 from .script_util import ConfigError, DiffusionConfig, TrainConfig, create_gaussian_diffusion, resolve_precision
 from .seeding import normals, stable_seed, uniforms
 from .stop_signals import StopSignals
@@ -101,6 +101,7 @@ class TrainLoop:
         self.parameters = list(self.model.parameters())
         self.emas: dict[str, list[torch.Tensor]] = {}
         self.start: Start = world.on_main(self._find_start)
+        self.record["start"] = self.start.base
         self._load_weights()
         self.optimizer = self._make_optimizer()
         self.trainer = MixedPrecisionTrainer(
@@ -209,7 +210,7 @@ class TrainLoop:
             checkpoints.remove_leftovers(self.logdir)
             self.logger.open(self.step)
         if self.start.continues:  # the run may have been killed between writing the set and publishing it
-            if changes := changed_settings(self.logdir, self.record.get("training", {})):
+            if changes := changed_settings(self.logdir, self.record):
                 self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
             manifest = checkpoints.read_manifest(self.logdir, self.step)
             losses, measure = manifest["validation_loss"], manifest.get("measure")
@@ -235,6 +236,7 @@ class TrainLoop:
         """
         self.world.on_main(self._open_log_directory)
         if self.finished:
+            self.world.on_main(lambda: check_base(self.start, self.config.resume_checkpoint))
             self.logger.log(f"nothing to do: step {self.step} of {self.last_step} is reached")
             if self.saved_step is None:  # started from elsewhere: what comes next looks here
                 self.save()

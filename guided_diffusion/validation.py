@@ -102,7 +102,8 @@ class Validation:
         """What the losses are measured on, in words: those with another measure do not compare."""
         names = hashlib.sha256("\n".join(self.dataset.names[i] for i in self.indices).encode()).hexdigest()
         height, width = self.dataset.shape
-        return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}"
+        loss = ", variational bound" if self.diffusion.use_kl else ""
+        return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}{loss}"
 
     def loss(self, model: torch.nn.Module, weights: Weights) -> float:
         """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective.

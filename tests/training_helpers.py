@@ -66,7 +66,7 @@ def make_loop(data: Path, logdir: Path, *, validation=True, model=None, diffusio
         logger=Logger(str(logdir)),
         logdir=str(logdir),
         record={
-            "data": dataclasses.asdict(DataConfig()),
+            "data": dataclasses.asdict(DataConfig(data_dir=str(data), dataset_mode="custom")),
             "training": dataclasses.asdict(config),
             "model": dataclasses.asdict(model_config),
             "diffusion": dataclasses.asdict(diffusion_config),
