@@ -170,8 +170,9 @@ def _look_at(path: Path) -> tuple[tuple[int, int], str] | str:
     try:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
-            if mode.startswith(DEEP_MODES):
-                return f"more than 8 bits per channel, mode {mode}; save it with 8 bits"
+            stored = _raw_mode(image)
+            if mode.startswith(DEEP_MODES) or ";16" in stored:  # of 16-bit RGB, Pillow keeps the high byte
+                return f"more than 8 bits per channel, mode {stored}; save it with 8 bits"
             if image.format == "PNG":
                 image.verify()  # the checksums, without decoding
             elif image.format != "JPEG" or END_OF_JPEG not in _tail(path):
@@ -179,6 +180,14 @@ def _look_at(path: Path) -> tuple[tuple[int, int], str] | str:
     except UNREADABLE as error:
         return f"unreadable: {error}"
     return size, mode
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How an image that was opened and not decoded is stored: Pillow's raw mode (RGB;16B) for PNG and TIFF."""
+    if image.format not in ("PNG", "TIFF") or not image.tile:
+        return image.mode
+    arguments = image.tile[0][3]
+    return arguments if isinstance(arguments, str) else arguments[0]
 
 
 def _tail(path: Path, length: int = 4096) -> bytes:

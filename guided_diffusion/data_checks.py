@@ -8,9 +8,15 @@ from PIL import Image
 
 from .dataset_specs import DataError, DatasetSpec
 from .image_listing import Item, open_stream
-from .image_transforms import check_sizes, read_image, read_instances, read_label, sampling_geometry
-
-_ORIENTATION = 0x0112
+from .image_transforms import (
+    check_sizes,
+    read_header,
+    read_image,
+    read_instances,
+    read_label,
+    read_orientation,
+    sampling_geometry,
+)
 
 
 @dataclass
@@ -36,12 +42,14 @@ def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
             continue
         try:
             with Image.open(open_stream(path)) as picture:
-                sizes[kind], mode = picture.size, picture.mode
-                modes.append(mode)
-                if kind == "photograph" and picture.getexif().get(_ORIENTATION, 1) != 1:
-                    report.turned = True
-                    if spec.exif == "apply" and picture.getexif()[_ORIENTATION] >= 5:
-                        sizes[kind] = picture.size[::-1]
+                header = read_header(picture)
+                orientation = read_orientation(picture) if kind == "photograph" else 1
+            sizes[kind] = header.size
+            modes.append(header.mode)
+            if orientation != 1:
+                report.turned = True
+                if spec.exif == "apply" and 5 <= orientation <= 8:
+                    sizes[kind] = header.size[::-1]
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             report.problems.append(f"the {kind} {path} cannot be read ({error})")
     for kind, path, other, other_path, scale in (

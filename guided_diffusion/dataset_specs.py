@@ -185,14 +185,18 @@ def _benchmark(mode: str) -> DatasetSpec:
 
 
 def get_spec(
-    dataset_mode: str, data_dir: str | os.PathLike | None = None, num_classes: int | None = None
+    dataset_mode: str,
+    data_dir: str | os.PathLike | None = None,
+    num_classes: int | None = None,
+    dataset_json: dict | None = None,
 ) -> DatasetSpec:
     """The record of a data set.
 
     dataset_mode: one of `DATASET_MODES`. data_dir: for "custom", where an optional `dataset.json` lies. num_classes:
     the network's; more than the data set has is fine (further classes get generic names and colours), fewer leaves
-    the surplus ids to be found in the files. Needed for "custom" without class names in `dataset.json`. Raises
-    DataError where the mode is unknown, `num_classes` is missing, or `dataset.json` is wrong.
+    the surplus ids to be found in the files. Needed for "custom" without class names in `dataset.json`. dataset_json:
+    the content of that file, in place of reading it (what a training run recorded). Raises DataError where the mode is
+    unknown, `num_classes` is missing, or `dataset.json` is wrong.
     """
     if dataset_mode not in DATASET_MODES:
         raise DataError(f"dataset_mode {dataset_mode!r} is unknown; the modes are {', '.join(DATASET_MODES)}")
@@ -200,7 +204,7 @@ def get_spec(
         raise DataError(f"num_classes is {num_classes}; it must lie between 1 and 32767")
     if dataset_mode != "custom":
         return with_num_classes(_benchmark(dataset_mode), num_classes)
-    return _custom(data_dir, num_classes)
+    return _custom(data_dir, num_classes, dataset_json)
 
 
 def with_num_classes(spec: DatasetSpec, num_classes: int | None) -> DatasetSpec:
@@ -275,16 +279,29 @@ def _json_classes(path: str, entries: list) -> tuple[list[str], dict[int, tuple[
     return names, colors
 
 
-def _custom(data_dir: str | os.PathLike | None, num_classes: int | None) -> DatasetSpec:
+def read_dataset_json(data_dir: str | os.PathLike) -> dict:
+    """What `dataset.json` of a custom data set says; {} where there is none. Raises DataError where it is wrong."""
+    return _read_json(blobfile.join(os.fspath(data_dir), "dataset.json"))
+
+
+def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, settings: dict | None = None) -> DatasetSpec:
     path = blobfile.join(os.fspath(data_dir), "dataset.json") if data_dir is not None else "dataset.json"
-    settings = _read_json(path) if data_dir is not None else {}
+    if settings is None:
+        settings = _read_json(path) if data_dir is not None else {}
     names, colors = _json_classes(path, settings.get("classes", []))
     remap, ignore_class = _json_remap(path, settings), None
     if "ignore_id" in settings:  # unlabelled pixels become a class of their own, after the named ones
         if not names:
             raise DataError(f"{path}: ignore_id needs classes, because it becomes the class after the last of them")
+        stored = settings["ignore_id"]
+        if not 0 <= stored <= 65535:  # a negative id would count from the end of the table of ids
+            raise DataError(
+                f"{path}: ignore_id is {stored}; it must be an id in the label maps, 0 to 65535 (-1 in 8 bits is 255)"
+            )
+        if stored in remap:
+            raise DataError(f"{path}: remap and ignore_id both name the id {stored}; remove it from one of them")
         ignore_class = len(names)
-        remap[settings["ignore_id"]] = ignore_class
+        remap[stored] = ignore_class
         names.append("unlabelled")
         colors[ignore_class] = (0, 0, 0)
     if not names and num_classes is None:

@@ -77,7 +77,7 @@ def pair_files(
         raise DataError(
             f"{image_dir} holds no photographs ({', '.join(IMAGE_EXTENSIONS)}"
             + (f", with names that end in {layout.image_suffix}" if layout.image_suffix else "")
-            + f"); {expected_layout(spec)}"
+            + f"); {'; '.join([*unread_files(spec, data_dir, split), expected_layout(spec)])}"
         )
     complete, instances = images.keys() & labels.keys(), {}
     if use_instances and spec.instances in ("files", "optional"):
@@ -90,6 +90,53 @@ def pair_files(
             complete &= instances.keys()
     items = [Item(key + layout.image_suffix, images[key], labels[key], instances.get(key)) for key in sorted(complete)]
     return items, problems
+
+
+def unread_files(spec: DatasetSpec, data_dir: str | os.PathLike, split: str) -> list[str]:
+    """What is passed over because it lies in sub-folders that the layout does not read: one note per folder."""
+    root, layout, notes = os.fspath(data_dir), spec.layout, []
+    folder = _split_folder(spec, root, split)
+    parts = [layout.images, layout.labels]
+    if spec.instances in ("files", "optional"):
+        parts.append(layout.instances)
+    for place in dict.fromkeys(join(root, part.format(split=folder)) for part in parts):
+        deep = list(_below(place, 1 if layout.nested else 0))
+        if deep:
+            named = ", ".join(sorted(deep)[:_NAMED]) + (", ..." if len(deep) > _NAMED else "")
+            count = f"{len(deep)} picture file" + ("s" if len(deep) > 1 else "")
+            notes.append(f"{count} in sub-folders of {place} not read ({named}); move them up to use them")
+    return notes
+
+
+def _below(folder: str, levels: int) -> Iterator[str]:
+    """Paths, relative to `folder`, of the picture files more than `levels` folders below it; hidden ones left out."""
+    for inside, names in _walk_remote(folder) if is_remote(folder) else _walk_local(folder):
+        if len(inside) > levels:
+            for name in names:
+                if not name.startswith(".") and os.path.splitext(name)[1].lower() in (*IMAGE_EXTENSIONS, ".gif"):
+                    yield "/".join((*inside, name))
+
+
+def _walk_local(folder: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """(folders below `folder`, names of files) of the whole tree; a folder that links lead to again is left out."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(place, folder)
+        yield () if inside == os.curdir else tuple(inside.split(os.sep)), files
+
+
+def _walk_remote(folder: str, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    entries = list(_scan_remote(folder)) if inside or _is_dir(folder) else []
+    yield inside, [name for _, name, is_file, _ in entries if is_file]
+    for path, name, _, is_folder in entries:
+        if is_folder:
+            yield from _walk_remote(path, (*inside, name))
 
 
 def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_instances: bool = True) -> list[Item]:

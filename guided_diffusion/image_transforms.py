@@ -15,6 +15,17 @@ from .image_listing import open_stream
 
 _MIN_CROP = 0.8  # the smallest part of the short side that a random crop keeps, as in guided-diffusion
 _ORIENTATION = 0x0112
+_TURNS = {  # what an orientation tag asks a viewer to do with the stored pixels
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BACK = {**_TURNS, 6: _TURNS[8], 8: _TURNS[6]}  # all others are their own inverse
+_SCALED = ("L;2", "L;4")  # raw modes of grey that Pillow spreads over 0 to 255
 
 
 @dataclass(frozen=True)
@@ -109,12 +120,47 @@ def cached_image(image: Image.Image, image_size: int, crop: str, training: bool,
     return image
 
 
-def _open(path: str, kind: str) -> Image.Image:
-    """The decoded picture; whatever goes wrong becomes a DataError that names the file."""
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its pixels: (width, height) as stored, Pillow's mode, and the raw mode (`L;4`, `RGB;16B`; the
+    mode again where the format has none)."""
+
+    format: str
+    size: tuple[int, int]
+    mode: str
+    raw_mode: str
+
+
+def read_header(picture: Image.Image) -> Header:
+    """Of a picture that was opened and not decoded: decoding forgets the raw mode."""
+    size, raw_mode = picture.size, picture.mode
+    if picture.format in ("PNG", "TIFF") and picture.tile:
+        arguments = picture.tile[0][3]
+        raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+    if picture.format == "TIFF":  # newer versions of Pillow give the turned size
+        size = picture.tag_v2[256], picture.tag_v2[257]
+    return Header(picture.format, size, picture.mode, raw_mode)
+
+
+def read_orientation(picture: Image.Image) -> int:
+    """The orientation tag, 1 where there is none. Decoding a TIFF turns it and removes the tag; this decodes a PNG."""
+    return picture.getexif().get(_ORIENTATION, 1)
+
+
+def _open(path: str, kind: str, turnable: bool = False) -> tuple[Image.Image, Header, int]:
+    """The decoded picture as stored, its header and orientation tag; errors become DataErrors that name the file.
+
+    The tag is read from TIFFs, which Pillow turns, and where the caller wants to know it (`turnable`), else given as 1:
+    a damaged EXIF block does no harm where it is not used.
+    """
     try:
         image = Image.open(open_stream(path))
+        header = read_header(image)
+        orientation = read_orientation(image) if turnable or header.format == "TIFF" else 1
         image.load()
-        return image
+        if header.format == "TIFF" and orientation in _BACK and read_orientation(image) == 1:
+            image = image.transpose(_BACK[orientation])  # Pillow turned it
+        return image, header, orientation
     except FileNotFoundError as error:
         raise DataError(f"the {kind} {path} is gone since the folder was listed") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
@@ -123,25 +169,42 @@ def _open(path: str, kind: str) -> Image.Image:
         ) from error
 
 
+def _open_map(path: str, kind: str, of_ids: bool = True) -> Image.Image:
+    """A decoded label or instance map; DataError where its ids (`of_ids`) or its orientation are not to be trusted."""
+    image, header, orientation = _open(path, kind)
+    if of_ids and header.mode == "L" and header.raw_mode.startswith(_SCALED):
+        raise DataError(
+            f"the {kind} {path} is grey with {header.raw_mode[2]} bits per pixel, which readers scale to brightness, so"
+            " that its ids are lost; save it with 8 bits, or as a palette PNG"
+        )
+    if orientation in _TURNS:
+        raise DataError(
+            f"the {kind} {path} has an orientation tag ({orientation}), so that its pixels are ambiguous; save"
+            " it without the tag, as PNG"
+        )
+    return image
+
+
 def read_image(path: str, spec: DatasetSpec) -> Image.Image:
     """A photograph as RGB.
 
     Grey, palette and CMYK pictures are converted, an opaque alpha channel is dropped. Raises DataError for unreadable
-    files, real transparency, 16-bit and floating-point grey, and an orientation tag that `spec.exif` refuses.
+    files, real transparency, more than 8 bits per channel, and an orientation tag that `spec.exif` refuses.
     """
-    image = _open(path, "photograph")
-    if spec.exif != "ignore" and image.getexif().get(_ORIENTATION, 1) != 1:
+    image, header, orientation = _open(path, "photograph", turnable=spec.exif != "ignore")
+    if spec.exif != "ignore" and orientation != 1:
         if spec.exif == "refuse":
             raise DataError(
                 f"the photograph {path} has an EXIF orientation tag: viewers turn it, and its label map may or may not"
                 ' be turned with it; set "exif" in dataset.json to "apply" (labels match the turned picture) or to'
                 ' "ignore" (labels match the stored pixels)'
             )
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
+        if orientation in _TURNS:
+            image = image.transpose(_TURNS[orientation])
+    if header.mode.startswith(("I", "F")) or ";16" in header.raw_mode:  # of 16-bit RGB, Pillow keeps the high byte
         raise DataError(
-            f"the photograph {path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits with a"
-            " window that suits its values"
+            f"the photograph {path} has more than 8 bits per channel (mode {header.raw_mode}); convert it to 8 bits"
+            " with a window that suits its values"
         )
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -158,7 +221,7 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
     The ids are checked on the whole map, so that a wrong one is found even where shrinking would lose it.
     Raises DataError for ids outside the classes, colours without a class, and pictures that are no map of ids.
     """
-    image = _open(path, "label map")
+    image = _open_map(path, "label map", of_ids=spec.label_colors is None)
     if spec.label_colors is not None:
         return _ids_from_colors(image, path, spec), spec.lookup_table(256 if spec.num_classes <= 256 else 65536)
     if image.mode in ("L", "P", "1"):
@@ -229,7 +292,7 @@ def _ids_from_colors(image: Image.Image, path: str, spec: DatasetSpec) -> Image.
 
 def read_instances(path: str) -> Image.Image:
     """An instance map at its full depth, mode I (int32)."""
-    image = _open(path, "instance map")
+    image = _open_map(path, "instance map")
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise DataError(
             f"the instance map {path} is a picture of mode {image.mode}; store one id per pixel, 8 or 16 bits"

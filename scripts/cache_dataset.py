@@ -7,7 +7,7 @@
 The copy has the layout of the original and gives the loader the same pixels, to the bit. Photographs are stored as
 PNG, so nothing is lost; files that would not shrink are copied as they are. Worth it for Cityscapes and for large
 photographs, not for COCO-Stuff or ADE20K (`benchmarks/loader.py` measures it). Running it again goes on where it was
-interrupted.
+interrupted, remakes what changed in the original (by size and time of its files), and removes what is gone from it.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import io
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 import blobfile
 import numpy as np
@@ -25,6 +27,8 @@ from PIL import Image
 from guided_diffusion.dataset_specs import DATASET_MODES, SPLITS, DataError, DatasetSpec, MissingSplitError, get_spec
 from guided_diffusion.image_listing import (
     CACHE_FILE,
+    IMAGE_EXTENSIONS,
+    MAP_EXTENSIONS,
     Item,
     is_remote,
     join,
@@ -33,8 +37,11 @@ from guided_diffusion.image_listing import (
     read_bytes,
     read_cache_settings,
 )
-from guided_diffusion.image_transforms import cached_image, read_image, read_label, whole_picture
+from guided_diffusion.image_transforms import cached_image, read_image, read_instances, read_label, whole_picture
 from guided_diffusion.parallel import map_in_processes
+
+SOURCES_FILE = "cache_sources.jsonl"  # beside CACHE_FILE, which the loader reads and which stays short
+_APPEARANCE = ("class_names", "palette", "layout", "preparation")  # of a spec: what no cached file depends on
 
 
 @dataclass(frozen=True)
@@ -83,29 +90,131 @@ def shrunk_map(path: str, size: tuple[int, int]) -> bytes:
     return encode_png(picture.resize(size, Image.Resampling.NEAREST))
 
 
-def cache_item(job: CacheJob, item: Item) -> bool:
-    """Writes one item's files into the cache, the photograph last; False where they were there already."""
+@dataclass(frozen=True)
+class Record:
+    """What is known of a cached item: the state of its source files, and its files below the cache folder."""
 
-    def target(path: str, extension: str | None = None) -> str:
-        place = os.path.join(job.cache_dir, path[len(job.data_dir) :].lstrip("/"))
-        return place if extension is None else os.path.splitext(place)[0] + extension
+    sources: list[list | None]  # of photograph, label map and instance map
+    files: list[str]
 
-    if os.path.exists(target(item.image)) or os.path.exists(target(item.image, ".png")):
-        return False
+
+def source_state(path: str | None) -> list | None:
+    """Size and time of change of a source file; a file that was edited or replaced has others."""
+    if path is None:
+        return None
+    try:
+        if is_remote(path):
+            found = blobfile.stat(path)
+            return [found.size, found.mtime, found.version]
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is gone since the folder was listed; run this again") from error
+    return [found.st_size, found.st_mtime_ns]
+
+
+def cache_item(job: CacheJob, task: tuple[Item, Record | None]) -> tuple[bool, Record]:
+    """Writes one item's files into the cache, unless they are there and their sources are as recorded.
+
+    Returns whether it wrote, and the record.
+    """
+    item, before = task
+    sources = [source_state(path) for path in (item.image, item.label, item.instance)]  # before anything is read
+    there = before is not None and all(os.path.exists(os.path.join(job.cache_dir, name)) for name in before.files)
+    if there and before.sources == sources:
+        return False, before
+    files = []
+
+    def write(path: str, content: bytes, extension: str | None = None) -> None:
+        name = path[len(job.data_dir) :].lstrip("/")
+        files.append(name if extension is None else os.path.splitext(name)[0] + extension)
+        write_bytes(os.path.join(job.cache_dir, files[-1]), content)
+
     photograph = read_image(item.image, job.spec)
     read_label(item.label, job.spec)  # a wrong id is found here, not in the middle of a training run
+    if item.instance is not None:
+        read_instances(item.instance)
     shrunk = cached_image(photograph, job.image_size, job.spec.crop, job.training, job.scale_jitter)
     maps = [path for path in (item.label, item.instance) if path is not None]
     for path in maps:
         if job.fixed:
-            write_bytes(target(path, ".png"), shrunk_map(path, shrunk.size))
+            write(path, shrunk_map(path, shrunk.size), ".png")
         else:  # crops of several sizes need the map as it is; maps are quick to read
-            write_bytes(target(path), read_bytes(path))
+            write(path, read_bytes(path))
     if shrunk.size == photograph.size:
-        write_bytes(target(item.image), read_bytes(item.image))
+        write(item.image, read_bytes(item.image))
     else:
-        write_bytes(target(item.image, ".png"), encode_png(shrunk))
-    return True
+        write(item.image, encode_png(shrunk), ".png")
+    return True, Record(sources, files)
+
+
+def read_records(cache_dir: str) -> dict[tuple[str, str], Record]:
+    """(split, item's name) -> the last record of it; lines that a killed run left unfinished are passed over."""
+    path, records = os.path.join(cache_dir, SOURCES_FILE), {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    split, name, sources, files = json.loads(line)
+                except ValueError:
+                    continue
+                records[split, name] = Record(sources, files)
+    return records
+
+
+def record_line(split: str, name: str, record: Record) -> str:
+    return json.dumps([split, name, record.sources, record.files]) + "\n"
+
+
+def remove_others(cache_dir: str, keep: set[str], before: set[str]) -> int:
+    """Removes the pictures, in the folders of these cached files, that are none of `keep`: how many.
+
+    Their sources are gone or have another format now; a run that was killed may have left some without a record.
+    """
+    removed = 0
+    for folder in sorted({os.path.dirname(name) for name in keep | before}):
+        place = Path(cache_dir, folder)
+        for path in place.iterdir() if place.is_dir() else ():
+            picture = path.suffix.lower() in (*IMAGE_EXTENSIONS, *MAP_EXTENSIONS) or ".part" in path.suffix
+            if picture and path.is_file() and os.path.join(folder, path.name) not in keep:
+                path.unlink()
+                removed += 1
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()  # empty folders would pass for a split without photographs
+    return removed
+
+
+def cache_settings(options: argparse.Namespace, spec: DatasetSpec) -> dict:
+    """What a cache is made for: the flags, and what `dataset.json` and the mode come to, as JSON gives it back."""
+    meaning = {}
+    for field in fields(spec):
+        value = getattr(spec, field.name)
+        if isinstance(value, Mapping):
+            value = {str(key): value[key] for key in sorted(value)}
+        elif isinstance(value, np.ndarray):
+            value = value.tolist()
+        if field.name not in _APPEARANCE:
+            meaning[field.name] = value
+    flags = {key: getattr(options, key) for key in ("dataset_mode", "image_size", "scale_jitter")}
+    return {**flags, "spec": json.loads(json.dumps(meaning))}
+
+
+def check_settings(options: argparse.Namespace, settings: dict, made: dict) -> None:
+    """Raises DataError where the cache folder's `made` is not for these settings."""
+    remedy = "delete that folder or choose another cache_dir"
+    if "spec" not in made:
+        raise DataError(
+            f"{options.cache_dir} is a cache of an earlier version, which did not record its sources: training can"
+            f" go on using it, but changes of {options.data_dir} would not be noticed; {remedy}"
+        )
+    old, new = ({**part, **part["spec"], "spec": None, "complete": None} for part in (made, settings))
+    changed = [
+        f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise DataError(
+            f"{options.cache_dir} is a cache for other settings (of the command or of dataset.json):"
+            f" {'; '.join(changed)}; {remedy}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -147,27 +256,55 @@ def build_cache(options: argparse.Namespace) -> None:
             folders.add(items[0].image)
     if not splits:
         list_items(spec, data_dir, "train")  # raises the error that names the layout
-    settings = {key: getattr(options, key) for key in ("dataset_mode", "image_size", "scale_jitter")}
+    settings = cache_settings(options, spec)
     note = os.path.join(options.cache_dir, CACHE_FILE)
     if os.path.exists(note):
         with open(note) as file:
-            made = {**json.load(file), "complete": None}
-        if made != {**settings, "complete": None}:
-            raise DataError(f"{options.cache_dir} is a cache for other settings: {made}; choose another cache_dir")
+            check_settings(options, settings, json.load(file))
     elif os.path.isdir(options.cache_dir) and os.listdir(options.cache_dir):
         raise DataError(f"cache_dir {options.cache_dir} is not empty and no cache; choose another")
     write_bytes(note, json.dumps({**settings, "complete": False}).encode())
-    description = join(data_dir, "dataset.json")
-    if options.dataset_mode == "custom" and blobfile.exists(description):
-        write_bytes(os.path.join(options.cache_dir, "dataset.json"), read_bytes(description))
+    copy_description(options.dataset_mode, data_dir, options.cache_dir)
+    before, now = read_records(options.cache_dir), {}
     for split, items in splits.items():
-        job = CacheJob(spec, data_dir, options.cache_dir, options.image_size, options.scale_jitter, split == "train")
-        written = sum(
-            map_in_processes(partial(cache_item, job), items, f"{split} -> {options.cache_dir}", options.workers)
-        )
-        print(f"{split}: {written} of {len(items)} written, {len(items) - written} were there")
+        now.update(cache_split(options, spec, split, items, before))
+    keep, known = ({name for record in records.values() for name in record.files} for records in (now, before))
+    removed = remove_others(options.cache_dir, keep, known)
+    if removed:
+        print(f"{removed} files removed, whose originals are gone or changed")
+    lines = "".join(record_line(*key, record) for key, record in now.items())
+    write_bytes(os.path.join(options.cache_dir, SOURCES_FILE), lines.encode())
     write_bytes(note, json.dumps({**settings, "complete": True}).encode())
     print(f"done: use --data_dir {options.cache_dir} with --image_size {options.image_size}")
+
+
+def copy_description(dataset_mode: str, data_dir: str, cache_dir: str) -> None:
+    """The cache's dataset.json becomes the original's, which may have other names and colours than last time."""
+    source, copy = join(data_dir, "dataset.json"), os.path.join(cache_dir, "dataset.json")
+    if dataset_mode == "custom" and blobfile.exists(source):
+        write_bytes(copy, read_bytes(source))
+    elif os.path.exists(copy):
+        os.remove(copy)
+
+
+def cache_split(
+    options: argparse.Namespace, spec: DatasetSpec, split: str, items: list[Item], before: dict[tuple[str, str], Record]
+) -> dict[tuple[str, str], Record]:
+    """Caches the items of a split, noting each as it is done, so that an interrupted run can go on; their records."""
+    data_dir = options.data_dir.rstrip("/")
+    job = CacheJob(spec, data_dir, options.cache_dir, options.image_size, options.scale_jitter, split == "train")
+    tasks = [(item, before.get((split, item.name))) for item in items]
+    done = map_in_processes(partial(cache_item, job), tasks, f"{split} -> {options.cache_dir}", options.workers)
+    records, written = {}, 0
+    with open(os.path.join(options.cache_dir, SOURCES_FILE), "a", encoding="utf-8", buffering=1) as file:
+        file.write("\n")  # ends a line that a killed run left unfinished
+        for item, (wrote, record) in zip(items, done, strict=True):
+            records[split, item.name] = record
+            written += wrote
+            if wrote:
+                file.write(record_line(split, item.name, record))
+    print(f"{split}: {written} of {len(items)} written, {len(items) - written} were there")
+    return records
 
 
 if __name__ == "__main__":

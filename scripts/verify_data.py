@@ -20,7 +20,7 @@ import numpy as np
 
 from guided_diffusion.data_checks import SplitReport, check_headers, check_pixels, summarize
 from guided_diffusion.dataset_specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
-from guided_diffusion.image_listing import Item, pair_files
+from guided_diffusion.image_listing import Item, pair_files, unread_files
 from guided_diffusion.image_transforms import read_image, read_label, sampling_geometry
 from guided_diffusion.parallel import map_in_processes
 from guided_diffusion.pictures import bar_chart, colorize, contact_sheet, save_png
@@ -77,6 +77,7 @@ def verify(spec: DatasetSpec, options: argparse.Namespace) -> list[str]:
             continue  # val and test are one folder
         listed.update(item.image for item in items[:1])
         report = check_split(spec, split, items, options)
+        report.notes += unread_files(spec, options.data_dir, split)
         problems += [f"{split}: {problem}" for problem in unpaired + report.problems]
         describe(spec, split, report)
         reports[split] = report

@@ -1,13 +1,20 @@
 """Everything that is wrong with data people really have: each named when a file is read, with the remedy."""
 
 import json
+import struct
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from data_helpers import draw, save, write_benchmark
-from PIL import Image
+from evaluation_helpers import load_script
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+from guided_diffusion.dataset_specs import get_spec
 from guided_diffusion.image_datasets import DataError, open_dataset
+from guided_diffusion.image_transforms import read_image, read_instances, read_label
 
 
 @pytest.fixture
@@ -208,3 +215,113 @@ def test_wrong_sizes_and_splits(scene):
         read(scene, scale_jitter=-1)
     with pytest.raises(DataError, match="splits are train, val, test"):
         read(scene, split="training")
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])  # two decoders of Pillow
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_tiff_photographs_obey_the_rule_for_orientation_tags(scene, orientation, compression):
+    pixels = draw(0, (40, 30), 4)[0]
+    options = {"compression": compression, "tiffinfo": {0x0112: orientation}}
+    path = str(replace_photograph(scene, Image.fromarray(pixels), "a.tif", **options))
+    with pytest.raises(DataError, match=r"a\.tif has an EXIF orientation tag"):
+        read(scene)
+    spec = get_spec("custom", num_classes=4)
+    assert np.array_equal(read_image(path, replace(spec, exif="ignore")), pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(scene / "turned.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(scene / "turned.png"))
+    for name in (path, str(scene / "turned.png")):
+        assert np.array_equal(read_image(name, replace(spec, exif="apply")), expected), name
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_tiff_tags_that_turn_nothing(scene, orientation):
+    pixels = draw(0, (40, 30), 4)[0]
+    path = replace_photograph(scene, Image.fromarray(pixels), "a.tif", tiffinfo={0x0112: orientation})
+    for rule in ("ignore", "apply"):
+        assert np.array_equal(read_image(str(path), replace(get_spec("custom", num_classes=4), exif=rule)), pixels)
+
+
+def test_a_damaged_exif_block_does_no_harm_where_it_is_ignored(scene):
+    picture = Image.fromarray(draw(0, (40, 30), 4)[0])
+    text = PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n8\nno hexadecimal number")  # as ImageMagick writes it, damaged
+    replace_photograph(scene, picture, "a.png", pnginfo=text)
+    with pytest.raises(DataError, match=r"a\.png cannot be read"):
+        read(scene)
+    (scene / "dataset.json").write_text('{"exif": "ignore"}')
+    assert read(scene)["image"].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["labels", "instances"])
+def test_turned_tiff_maps_are_refused(scene, kind):
+    ids = draw(0, (40, 30), 4)[1]
+    (scene / "train" / kind).mkdir(exist_ok=True)
+    (scene / "train" / kind / "a.png").unlink(missing_ok=True)
+    Image.fromarray(ids).save(scene / "train" / kind / "a.tif")
+    read(scene)
+    Image.fromarray(ids).save(scene / "train" / kind / "a.tif", tiffinfo={0x0112: 3})
+    with pytest.raises(DataError, match=r"a\.tif has an orientation tag \(3\).*save it without the tag"):
+        read(scene)
+
+
+def packed_png(path, ids: np.ndarray, bits: int, palette: bool = False):
+    """A PNG of `bits` per pixel by the standard, with no help of Pillow's."""
+    rows = (ids[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(len(ids), -1)
+    rows = np.packbits(rows.astype(np.uint8), axis=1)
+    data = b"".join(b"\0" + row.tobytes() for row in rows)  # 0: no filter
+    return write_png(path, ids.shape, bits, 3 if palette else 0, data, bytes(3 * 2**bits) if palette else b"")
+
+
+def write_png(path, shape, bits: int, color_type: int, data: bytes, palette: bytes = b""):
+    header = struct.pack(">IIBBBBB", shape[1], shape[0], bits, color_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"PLTE", palette), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+            for name, content in chunks
+            if content or name != b"PLTE"
+        )
+    )
+    return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("palette", [False, True])
+def test_maps_of_few_bits(scene, bits, palette):
+    """Grey of 2 and 4 bits comes scaled out of Pillow, 3 of 3 as 255; palette indices and single bits do not."""
+    ids = draw(0, (40, 30), 2**bits)[1]
+    label = packed_png(scene / "train/labels/a.png", ids, bits, palette)
+    spec = get_spec("custom", num_classes=256)  # so that scaled ids are in the range
+    if palette or bits == 1:
+        assert np.array_equal(read_label(str(label), spec)[0], ids)
+        assert np.array_equal(read_instances(str(label)), ids)
+        return
+    message = rf"a\.png is grey with {bits} bits per pixel, .*save it with 8 bits, or as a palette PNG"
+    for reading, kind in (
+        (lambda: read_label(str(label), spec), "label map"),
+        (lambda: read_instances(str(label)), "ins"),
+    ):
+        with pytest.raises(DataError, match=f"the {kind}.*{message}"):
+            reading()
+    assert read_image(str(label), spec).size == (40, 30)  # as a photograph it is brightness
+
+
+@pytest.mark.parametrize(
+    ("color_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)]
+)  # grey, RGB, grey and RGB + alpha
+def test_photographs_of_16_bits_are_refused_in_every_mode(scene, color_type, channels):
+    row = b"\0" + b"\xff\xfe" * channels * 40
+    (scene / "train/images/a.png").unlink()
+    path = write_png(scene / "train/images/a.png", (30, 40), 16, color_type, row * 30)
+    with pytest.raises(
+        DataError, match=r"a\.png has more than 8 bits per channel \(mode .*16B\); convert it to 8 bits"
+    ):
+        read(scene)
+    script = load_script("result_folders")
+    assert "more than 8 bits per channel" in script._look_at(path)
+    path.unlink()
+    save(path, draw(0, (40, 30), 4)[0])
+    assert script._look_at(path) == ((40, 30), "RGB")

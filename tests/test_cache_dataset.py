@@ -1,9 +1,13 @@
+import json
+import shutil
+
+import numpy as np
 import pytest
 import torch
-from data_helpers import run_script, write_benchmark, write_custom
+from data_helpers import draw, run_script, save, write_benchmark, write_custom
 from PIL import Image
 
-from guided_diffusion.image_datasets import DataError, open_dataset
+from guided_diffusion.image_datasets import DataError, MissingSplitError, open_dataset
 
 
 def run(data, mode, cache, image_size, *more):
@@ -69,3 +73,121 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path):
     assert "other settings" in run(tmp_path / "data", "custom", tmp_path / "cache", 32, *options).stderr
     assert "not empty and no cache" in run(tmp_path / "data", "custom", tmp_path, 16, *options).stderr
     assert "is a cache itself" in run(tmp_path / "cache", "custom", tmp_path / "b", 16, *options).stderr
+
+
+def small_cache(tmp_path, settings=None, **more):
+    """A data set of three training scenes and one to evaluate on, its cache, and a function that makes it again."""
+    settings = {"classes": ["a", "b", "c", "d"], **(settings or {})}
+    root = write_custom(tmp_path / "data", {"train": 3, "val": 1}, size=(100, 80), settings=settings, **more)
+
+    def cache(*options):
+        return run(root, "custom", tmp_path / "cache", 16, "--workers", 1, *options)
+
+    assert cache().returncode == 0
+    return root, tmp_path / "cache", cache
+
+
+def assert_cache_is_good(root, cache):
+    for split in ("train", "val"):
+        options = {"dataset_mode": "custom", "split": split, "image_size": 16}
+        assert_same_pixels(*(open_dataset(data_dir=folder, **options) for folder in (root, cache)))
+
+
+@pytest.mark.parametrize("kind", ["images", "labels", "instances"])
+def test_a_changed_source_is_cached_again(tmp_path, kind):
+    root, cache, make = small_cache(tmp_path, instances=True)
+    other = draw(9, (100, 80), 4)[("images", "labels", "instances").index(kind)]
+    save(root / "train" / kind / "scene1.png", other)
+    result = make()
+    assert "train: 1 of 3 written, 2 were there" in result.stdout and "val: 0 of 1 written" in result.stdout
+    assert_cache_is_good(root, cache)
+    assert "train: 0 of 3 written" in make().stdout  # the new state is recorded
+
+
+def test_what_is_gone_from_the_source_leaves_the_cache(tmp_path):
+    root, cache, make = small_cache(tmp_path, instances=True)
+    for kind in ("images", "labels", "instances"):
+        (root / "train" / kind / "scene1.png").unlink()
+    save(cache / "train/labels/left_by_a_killed_run.png", np.zeros((8, 8), np.uint8))
+    (cache / "notes.txt").write_text("not ours")
+    result = make()
+    assert "train: 0 of 2 written" in result.stdout and "4 files removed" in result.stdout
+    assert_cache_is_good(root, cache)
+    assert sorted(path.name for path in cache.glob("train/*/*")) == ["scene0.png"] * 3 + ["scene2.png"] * 3
+    assert (cache / "notes.txt").exists()
+    shutil.rmtree(root / "val")
+    shutil.rmtree(root / "train/instances")
+    assert make().returncode == 0
+    assert not open_dataset(data_dir=cache, dataset_mode="custom", split="train", image_size=16).has_instances
+    with pytest.raises(MissingSplitError):
+        open_dataset(data_dir=cache, dataset_mode="custom", split="val", image_size=16)
+
+
+def test_a_photograph_that_no_longer_shrinks_takes_the_place_of_the_old_one(tmp_path):
+    root, cache, make = small_cache(tmp_path)
+    (root / "train/images/scene0.png").unlink()
+    save(root / "train/images/scene0.jpg", draw(5, (24, 20), 4)[0])
+    save(root / "train/labels/scene0.png", draw(5, (24, 20), 4)[1])
+    assert "1 files removed" in make().stdout
+    assert not (cache / "train/images/scene0.png").exists()
+    assert_cache_is_good(root, cache)
+
+
+def test_another_meaning_of_dataset_json_needs_another_cache(tmp_path):
+    classes = ["a", "b", "c", "d"]
+    root, cache, make = small_cache(tmp_path, {"crop": "keep_aspect"})
+    before = (cache / "dataset.json").read_bytes()
+    for settings, found in (
+        ({"classes": classes, "crop": "square"}, "crop was 'keep_aspect', is 'square'"),
+        ({"classes": classes, "crop": "keep_aspect", "exif": "apply"}, "exif was 'refuse', is 'apply'"),
+        ({"classes": [*classes, "e"], "crop": "keep_aspect"}, "num_classes was 4, is 5"),
+        ({"classes": classes, "crop": "keep_aspect", "remap": {"7": 1}}, "remap was {}, is {'7': 1}"),
+    ):
+        (root / "dataset.json").write_text(json.dumps(settings))
+        result = make()
+        assert result.returncode == 1 and f"cache for other settings (of the command or of dataset.json): {found};" in (
+            result.stderr
+        )
+        assert "delete that folder or choose another cache_dir" in result.stderr
+        assert (cache / "dataset.json").read_bytes() == before
+    new_names = {
+        "classes": [{"name": name, "color": [i, 0, 0]} for i, name in enumerate("wxyz")],
+        "crop": "keep_aspect",
+    }
+    (root / "dataset.json").write_text(json.dumps(new_names))  # no pixel depends on them
+    assert "train: 0 of 3 written" in make().stdout
+    assert json.loads((cache / "dataset.json").read_text()) == new_names
+    assert_cache_is_good(root, cache)
+
+
+def test_num_classes_belongs_to_the_settings(tmp_path):
+    write_custom(tmp_path / "data", {"train": 1}, size=(100, 80))
+    assert run(tmp_path / "data", "custom", tmp_path / "cache", 16, "--num_classes", 4).returncode == 0
+    result = run(tmp_path / "data", "custom", tmp_path / "cache", 16, "--num_classes", 6)
+    assert result.returncode == 1 and "num_classes was 4, is 6" in result.stderr
+
+
+def test_a_cache_of_an_earlier_version_still_trains_but_is_not_continued(tmp_path):
+    root, cache, make = small_cache(tmp_path)
+    (cache / "cache_sources.jsonl").unlink()
+    old = {"dataset_mode": "custom", "image_size": 16, "scale_jitter": 0.0, "complete": True}
+    (cache / "cache.json").write_text(json.dumps(old))
+    assert_cache_is_good(root, cache)
+    result = make()
+    assert result.returncode == 1 and "is a cache of an earlier version" in result.stderr
+    assert json.loads((cache / "cache.json").read_text()) == old
+
+
+def test_an_unfinished_line_of_the_record_costs_one_item(tmp_path):
+    root, cache, make = small_cache(tmp_path)
+    record = cache / "cache_sources.jsonl"
+    record.write_bytes(record.read_bytes()[:-20])  # the last is that of val
+    assert "val: 1 of 1 written" in make().stdout and "val: 0 of 1 written" in make().stdout
+    assert_cache_is_good(root, cache)
+
+
+def test_a_wrong_instance_map_is_found_when_the_cache_is_made(tmp_path):
+    root = write_custom(tmp_path / "data", {"train": 1}, size=(100, 80), instances=True)
+    save(root / "train/instances/scene0.png", np.zeros((80, 100, 3), np.uint8))
+    result = run(root, "custom", tmp_path / "cache", 16, "--num_classes", 4)
+    assert result.returncode == 1 and "instance map" in result.stderr

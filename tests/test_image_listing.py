@@ -7,11 +7,11 @@ import blobfile
 import numpy as np
 import pytest
 import torch
-from data_helpers import save, write_benchmark, write_custom
+from data_helpers import run_script, save, write_benchmark, write_custom
 
 from guided_diffusion.dataset_specs import DataError, MissingSplitError, get_spec
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.image_listing import list_items, list_label_items
+from guided_diffusion.image_listing import list_items, list_label_items, unread_files
 
 IDS = np.zeros((4, 4), dtype=np.uint8)
 PHOTOGRAPH = np.zeros((4, 4, 3), dtype=np.uint8)
@@ -184,3 +184,48 @@ def test_a_bucket_reads_like_a_folder(tmp_path, monkeypatch):
     assert torch.equal(remote[2]["image"], at_home[2]["image"]) and torch.equal(remote[2]["label"], at_home[2]["label"])
     with pytest.raises(MissingSplitError, match="gs://bucket/set has no val split"):
         open_dataset(data_dir="gs://bucket/set", dataset_mode="custom", split="val", image_size=8)
+    touch(tmp_path / "set/train/images/more", "b.jpg")
+    touch(tmp_path / "set/train/images/more/still", "c.jpg")
+    (note,) = unread_files(remote.spec, "gs://bucket/set", "train")
+    assert note.startswith(
+        "2 picture files in sub-folders of gs://bucket/set/train/images not read (more/b.jpg, more/s"
+    )
+    stat = blobfile.stat
+    monkeypatch.setattr(blobfile, "stat", lambda path: stat(local(path)))
+    options = ("--dataset_mode", "custom", "--cache_dir", tmp_path / "cache", "--image_size", 8, "--workers", 1)
+    for written in (3, 0, 1):
+        result = run_script("scripts/cache_dataset.py", "--data_dir", "gs://bucket/set", *options)
+        assert f"train: {written} of 3 written" in result.stdout, result.stderr
+        if not written:
+            save(tmp_path / "set/train/labels/scene1.png", np.zeros((30, 40), np.uint8))
+
+
+def test_pictures_in_sub_folders_are_counted(tmp_path):
+    images, labels = tmp_path / "train/images", tmp_path / "train/labels"
+    touch(images, "a.png")
+    touch(labels, "a.png")
+    assert unread_files(SPEC, tmp_path, "train") == []
+    touch(images / "monday", "b.jpg", "c.JPG", ".hidden.jpg", "notes.txt")
+    touch(images / "monday" / "late", "d.jpg")
+    touch(images / ".thumbnails", "a.png")
+    (images / "monday" / "back").symlink_to(images)  # a circle
+    (images / "monday" / "nowhere.png").symlink_to(tmp_path / "nothing")
+    touch(labels / "monday", "b.png")
+    notes = unread_files(SPEC, tmp_path, "train")
+    assert len(notes) == 2
+    assert (
+        f"4 picture files in sub-folders of {images} not read (monday/b.jpg, monday/c.JPG, monday/late/d.jpg"
+        in notes[0]
+    )
+    assert f"1 picture file in sub-folders of {labels} not read (monday/b.png); move" in notes[1]
+    assert len(list_items(SPEC, tmp_path, "train")) == 1
+    (images / "a.png").unlink()
+    with pytest.raises(DataError, match=r"holds no photographs.*4 picture files in sub-folders"):
+        list_items(SPEC, tmp_path, "train")
+
+
+def test_sub_folders_that_a_layout_reads_are_not_counted(tmp_path):
+    write_benchmark(tmp_path, "cityscapes")
+    assert unread_files(get_spec("cityscapes"), tmp_path, "train") == []
+    touch(tmp_path / "leftImg8bit/train/city0/more", "city_9_leftImg8bit.png")
+    assert len(unread_files(get_spec("cityscapes"), tmp_path, "train")) == 1

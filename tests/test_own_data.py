@@ -9,7 +9,7 @@ import pytest
 from data_helpers import REPOSITORY, run_script
 
 from guided_diffusion import script_util
-from guided_diffusion.dataset_specs import get_spec
+from guided_diffusion.dataset_specs import DataError, get_spec
 from guided_diffusion.image_datasets import open_dataset
 
 PAGE = (REPOSITORY / "docs" / "your-own-data.md").read_text(encoding="utf-8")
@@ -93,3 +93,17 @@ def test_the_loader_benchmark_runs(tmp_path):
     row = results["camvid"]
     assert set(row["samples_per_second"]) == {"loader", "plain", "cached"} and "| camvid | 480 x 360" in result.stdout
     assert all(value > 0 for part in ("stages_ms", "samples_per_second") for value in row[part].values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ignore_id": -1}, r"dataset\.json: ignore_id is -1; it must be an id in the label maps, 0 to 65535"),
+        ({"ignore_id": 65536}, "ignore_id is 65536"),
+        ({"ignore_id": 7, "remap": {"7": 1}}, r"dataset\.json: remap and ignore_id both name the id 7; remove it"),
+    ],
+)
+def test_an_ignore_id_that_cannot_be_meant_is_refused(tmp_path, settings, message):
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["a", "b"], **settings}))
+    with pytest.raises(DataError, match=message):
+        get_spec("custom", tmp_path)

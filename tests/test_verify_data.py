@@ -170,3 +170,32 @@ def test_bars_are_ordered_and_logarithmic():
     assert not (chart == colors[3]).all(-1).any()
     with pytest.raises(ValueError, match="above zero"):
         bar_chart(["a"], [0.0], colors, "none")
+
+
+def test_pictures_in_sub_folders_are_noted(tmp_path):
+    root = write_custom(tmp_path / "data", {"train": 2, "val": 1})
+    for kind in ("images", "labels"):
+        (root / "train" / kind / "more").mkdir()
+        (root / "train" / kind / "scene1.png").rename(root / "train" / kind / "more" / "scene1.png")
+    result = verify(root, tmp_path / "report", "--num_classes", 4)
+    assert result.returncode == 0 and "train: 1 scenes" in result.stdout
+    for kind in ("images", "labels"):
+        note = f"note: 1 picture file in sub-folders of {root / 'train' / kind} not read (more/scene1.png)"
+        assert note in result.stdout
+    assert result.stdout.count("not read") == 2
+
+
+def test_turned_tiff_photographs_are_found_and_measured_as_stored(tmp_path):
+    root = write_custom(tmp_path / "data", {"train": 1, "val": 1})
+    (root / "train/images/scene0.png").unlink()
+    Image.fromarray(draw(0, (40, 30), 4)[0]).save(root / "train/images/scene0.tif", tiffinfo={0x0112: 6})
+    result = verify(root, tmp_path / "report", "--num_classes", 4)
+    assert result.returncode == 1 and "scene0.tif has an EXIF orientation tag" in result.stderr
+    (root / "dataset.json").write_text('{"exif": "ignore"}')
+    result = verify(root, tmp_path / "report", "--num_classes", 4)
+    assert result.returncode == 0 and "train: 1 scenes; photographs 40 x 30" in result.stdout
+    assert "1 photographs have an EXIF orientation tag, which is ignored" in result.stdout
+    save(root / "train/labels/scene0.png", np.zeros((40, 30), np.uint8))
+    assert verify(root, tmp_path / "report", "--num_classes", 4).returncode == 1
+    (root / "dataset.json").write_text('{"exif": "apply"}')
+    assert verify(root, tmp_path / "report", "--num_classes", 4).returncode == 0
