@@ -24,10 +24,17 @@ ModelArguments = dict[str, Any]
 def get_named_beta_schedule(name: str, num_steps: int) -> np.ndarray:
     """The betas [num_steps], float64, of the schedule "linear" (arXiv 2006.11239) or "cosine" (arXiv 2102.09672).
 
-    :raises ValueError: another name.
+    :raises ValueError: another name, or a number of steps that the schedule cannot be spread over.
     """
+    if num_steps < 1:
+        raise ValueError(f"diffusion_steps must be at least 1; got {num_steps}")
     if name == "linear":
         scale = 1000 / num_steps  # so that the end points mean the same for any number of steps
+        if scale * 0.02 >= 1:  # the last step would leave nothing of the image: no sampler can divide by what is left
+            raise ValueError(
+                f"diffusion_steps {num_steps} with noise_schedule 'linear': the last beta would be {scale * 0.02:g}, "
+                "and must be below 1; give more than 20 diffusion_steps, or noise_schedule cosine"
+            )
         return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
     if name == "cosine":
         # equation 17 of arXiv 2102.09672, beta at most 0.999
@@ -65,8 +72,9 @@ class GaussianDiffusion:
         min_snr_gamma: float = 5.0,
     ):
         betas = np.asarray(betas, dtype=np.float64)
-        if betas.ndim != 1 or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError("betas must be one row of numbers in (0, 1]")
+        if betas.ndim != 1 or not betas.size or not ((betas > 0) & (betas < 1)).all():
+            got = f"{betas.min():g} to {betas.max():g}, of shape {list(betas.shape)}" if betas.size else "none"
+            raise ValueError(f"betas must be one row of numbers above 0 and below 1; got {got}")
         if loss_weighting not in ("none", "min_snr"):
             raise ValueError(f"unknown loss_weighting {loss_weighting!r}: choose none or min_snr")
         self.predict_xstart = predict_xstart

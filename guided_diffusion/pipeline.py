@@ -8,6 +8,7 @@ images[0].save("sample.png")
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,13 +27,14 @@ from .script_util import (
     ConfigError,
     DiffusionConfig,
     ModelConfig,
+    as_setting,
     auto_choice,
     build_config,
     create_gaussian_diffusion,
     create_model,
     resolve_precision,
 )
-from .seeding import ImageNoise, stable_seed
+from .seeding import ImageNoise, stable_seed, whole_number
 from .spade import GuidedLayout, Layout
 from .unet import UNetModel
 from .validation import to_uint8
@@ -54,7 +56,13 @@ class Sampling:
     dynamic_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        """:raises ConfigError: a value that no sampler takes."""
+        """Gives every value its field's type, as 2 for "2". :raises ConfigError: a value that no sampler takes."""
+        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))  # the dataclass is frozen
+        for field in dataclasses.fields(self):
+            if field.name != "guidance_interval":
+                object.__setattr__(self, field.name, as_setting(field.name, field.default, getattr(self, field.name)))
+        if not math.isfinite(self.s):
+            raise ConfigError(f"s must be a finite number; got {self.s} (1 or less: no guidance)")
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         low, high = self.guidance_interval
@@ -64,6 +72,17 @@ class Sampling:
             raise ConfigError(f"dynamic_threshold must lie in (0, 1], or be 0 for none; got {self.dynamic_threshold}")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"eta must lie between 0 and 1; got {self.eta}")
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    """The guidance interval, from two numbers or from text as the flag's. :raises ConfigError: it is neither."""
+    try:
+        low, high = value.split(",") if isinstance(value, str) else value
+        return float(low), float(high)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"guidance_interval must be LOW,HIGH, two numbers such as (0.1, 0.8); got {value!r}"
+        ) from None
 
 
 class SDMPipeline:
@@ -97,7 +116,7 @@ class SDMPipeline:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str,
+        path: str | os.PathLike,
         *,
         precision: str = "",
         device: torch.device | str | None = None,
@@ -110,6 +129,7 @@ class SDMPipeline:
         :param settings: of the network and the diffusion; they may repeat but not contradict the config.
         :raises ConfigError: a contradiction, an unknown setting. :raises CheckpointError: a damaged or other file.
         """
+        path = os.fspath(path)  # text from here on: a checkpoint may be a URL, too
         recorded = checkpoints.read_config(path)
         known = {field.name for cls in (ModelConfig, DiffusionConfig) for field in dataclasses.fields(cls)}
         if unknown := settings.keys() - known:
@@ -117,7 +137,7 @@ class SDMPipeline:
         source = f"{checkpoints.CONFIG_NAME} beside {path}"
         model_config = build_config(ModelConfig, settings, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, settings, recorded and recorded["diffusion"], source)
-        precision = resolve_precision(precision, bool(settings.get("use_fp16", False)))
+        precision = resolve_precision(precision, "use_fp16" in settings and model_config.use_fp16)
         weights = checkpoints.load_weights(path)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
@@ -151,9 +171,10 @@ class SDMPipeline:
         :param label_map: a file, picture or array [H, W] of class ids as the network knows them.
         :param instance_map: instance ids, of the same size, for a network with the edge channel.
         :param batch_size: how many are made at a time; memory grows with it.
+        :param seed: a whole number of any type (an element of np.arange, too).
         :param name: the layout's name, which is part of the seed (the sampling script uses the file's stem).
         :param sampling: fields of `Sampling`: s, sampler, num_steps, ...
-        :raises ValueError: ids or sizes that do not fit, naming them.
+        :raises ValueError: ids or sizes that do not fit, naming them. :raises TypeError: a seed that is not whole.
         """
         if samples < 1 or batch_size < 1:
             raise ValueError(f"samples ({samples}) and batch_size ({batch_size}) must be at least 1")
@@ -193,9 +214,15 @@ class SDMPipeline:
 
         :param label: integers [N, 1, H, W], or [1, 1, H, W] for N samples of one layout; `instance` likewise.
         :param on_step: called after every step.
-        :raises FloatingPointError: the network's numbers left its precision's range.
+        :raises ValueError: maps of different sizes. :raises FloatingPointError: the network's numbers left its
+            precision's range.
         """
         height, width = label.shape[2:]
+        if instance is not None and instance.shape[2:] != label.shape[2:]:  # one row or column would be spread over all
+            raise ValueError(
+                f"the instance map is {'x'.join(map(str, instance.shape[2:]))} (height x width), the label map "
+                f"{height}x{width}: both must have a value for every pixel"
+            )
         self.model.check_size(height, width)
         instance = None if instance is None else instance.to(self.device)
         y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
@@ -273,8 +300,8 @@ class SDMPipeline:
 
 
 def image_seed(seed: int, name: str, index: int) -> int:
-    """The seed of sample `index` of the layout `name` in a run with `seed`."""
-    return stable_seed("image", seed, name, index)
+    """The seed of sample `index` of the layout `name` in a run with `seed`, a whole number (else a TypeError)."""
+    return stable_seed("image", whole_number("seed", seed), name, index)
 
 
 def free_memory(device: torch.device) -> int:

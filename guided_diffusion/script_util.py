@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
+import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -181,15 +184,8 @@ class TrainConfig:
         self.ema_rates()
         resolve_precision(self.precision, False)
         at_least = dict(batch_size=1, max_steps=0, log_interval=1, save_interval=1, max_bad_steps=1, warmup_steps=0)
-        at_least |= dict(
-            lr=0.0,
-            weight_decay=0.0,
-            lr_anneal_steps=0,
-            sample_interval=0,
-            keep_checkpoints=0,
-            val_images=0,
-            max_grad_norm=0,
-        )
+        at_least |= dict(lr=0.0, weight_decay=0.0, lr_anneal_steps=0, sample_interval=0, keep_checkpoints=0)
+        at_least |= dict(val_images=0, max_grad_norm=0)
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -297,11 +293,12 @@ def build_config(
 ) -> Config:
     """A config from flags, over what a checkpoint's config recorded, over the defaults.
 
+    :param given: as the flags' parser makes them, or Python values that mean the same, as channel_mult=(1, 2).
     :param source: the file that `recorded` comes from.
-    :raises ConfigError: a flag contradicts a recorded value that binds the network.
+    :raises ConfigError: a flag of another type, or one that contradicts a recorded value that binds the network.
     """
     names = {field.name: field for field in dataclasses.fields(cls)}
-    own = {name: value for name, value in given.items() if name in names}
+    own = {name: as_setting(name, names[name].default, value) for name, value in given.items() if name in names}
     old = {name: value for name, value in (recorded or {}).items() if name in names}
     config = cls(**{**old, **own})
     if recorded is not None:
@@ -313,6 +310,30 @@ def build_config(
                     f"{getattr(before, name)!r} ({source}); leave the flag out, or choose another checkpoint"
                 )
     return config
+
+
+def as_setting(name: str, default: Any, value: Any) -> Any:
+    """`value` in the type of its default: "32" is 32, (1, 2) is "1,2". :raises ConfigError: it has no clear meaning."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return str2bool(value)
+        if kind is str:
+            if isinstance(value, (str, os.PathLike)):
+                return os.fspath(value)
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            if all(isinstance(part, numbers.Real) for part in parts):  # but not None: it would become a name
+                return ",".join(map(str, parts))
+        elif kind is float:
+            return float(value)
+        elif isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
+            return int(value)
+        elif not isinstance(value, bool):
+            return operator.index(value)
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        pass
+    wanted = {bool: "True or False", str: "text or numbers", float: "a number", int: "a whole number"}[kind]
+    raise ConfigError(f"{name} must be {wanted}; got {value!r} ({type(value).__name__})")
 
 
 def binding_settings(config: Any) -> dict[str, Any]:
@@ -405,8 +426,6 @@ def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> Sp
             rescale_timesteps=config.rescale_timesteps,
             loss_weighting=config.loss_weighting,
         )
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -414,14 +433,13 @@ def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> Sp
 def create_model_and_diffusion(**kwargs: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """The network and its diffusion from traditional keyword arguments; `use_fp16` sets the network's precision.
 
-    Lists of numbers are strings, as on the command line ("1,2,2"), or tuples.
+    Lists of numbers are strings, as on the command line ("1,2,2"), or tuples; a single number may stand alone.
 
     :raises ConfigError: a name that is no setting of theirs, or settings that do not fit together.
     """
     unknown = kwargs.keys() - model_and_diffusion_defaults().keys()
     if unknown:
         raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
-    kwargs = {k: ",".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
     model_config, diffusion_config = build_config(ModelConfig, kwargs), build_config(DiffusionConfig, kwargs)
     model = create_model(model_config, diffusion_config.learn_sigma)
     if model_config.use_fp16:

@@ -8,16 +8,33 @@ ranks and resuming change nothing, and there is no generator state to save.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed from `parts`, the same on every machine and in every run of Python."""
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    """A 63-bit seed from `parts`, the same on every machine and in every run of Python.
+
+    :raises TypeError: a part that is neither text nor a whole number.
+    """
+    # The type is hashed, so that 1 and "1" differ; a whole number is one whether Python, NumPy or PyTorch holds it.
+    values = [part if isinstance(part, str) else whole_number("a part of a seed", part) for part in parts]
+    text = "\x1f".join(f"{type(value).__name__}:{value}" for value in values)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def whole_number(name: str, value: Any) -> int:
+    """`value` as Python's int, from any type of whole number. :raises TypeError: another type, naming it."""
+    try:
+        return int(operator.index(value))  # int: the index of True is True
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a whole number, as 0; got {value!r} ({type(value).__name__}): convert it with int()"
+        ) from None
 
 
 def uniforms(seed: int, purpose: str, positions: Sequence[int]) -> np.ndarray:

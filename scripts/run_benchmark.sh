@@ -15,23 +15,24 @@ FINETUNE_STEPS=${FINETUNE_STEPS:-0}
 NUM_SAMPLES=${NUM_SAMPLES:-$test_images}
 EXTRA=${EXTRA:-}
 
-model="--data_dir $DATA --dataset_mode $name --image_size 256 --num_classes $classes --no_instance $no_instance
+# An array, not text: DATA may hold spaces.
+model=(--data_dir "$DATA" --dataset_mode "$name" --image_size 256 --num_classes "$classes" --no_instance "$no_instance"
   --class_cond True --attention_resolutions 32,16,8 --diffusion_steps 1000 --learn_sigma True --noise_schedule linear
-  --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True --precision ${PRECISION:-fp16}
-  --use_scale_shift_norm True"
+  --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True
+  --precision "${PRECISION:-fp16}" --use_scale_shift_norm True)
 
 train() {
-  mpiexec -n "$RANKS" python image_train.py $model --logdir "$OUTPUT" --use_checkpoint True --lr 1e-4 --batch_size 4 \
-    --max_steps "$TRAIN_STEPS" $EXTRA
+  mpiexec -n "$RANKS" python image_train.py "${model[@]}" --logdir "$OUTPUT" --use_checkpoint True --lr 1e-4 \
+    --batch_size 4 --max_steps "$TRAIN_STEPS" $EXTRA
 }
 
 finetune() {
-  mpiexec -n "$RANKS" python image_train.py $model --logdir "$OUTPUT-FINETUNE" --use_checkpoint True --lr 2e-5 \
+  mpiexec -n "$RANKS" python image_train.py "${model[@]}" --logdir "$OUTPUT-FINETUNE" --use_checkpoint True --lr 2e-5 \
     --batch_size 4 --drop_rate 0.2 --resume_checkpoint "$OUTPUT/model.pt" --max_steps "$FINETUNE_STEPS" $EXTRA
 }
 
 sample() {
-  mpiexec -n "$RANKS" python image_sample.py $model --model_path "$OUTPUT-FINETUNE/ema_0.9999_best.pt" \
+  mpiexec -n "$RANKS" python image_sample.py "${model[@]}" --model_path "$OUTPUT-FINETUNE/ema_0.9999_best.pt" \
     --results_path "$RESULTS" --batch_size 2 --num_samples "$NUM_SAMPLES" --s 1.5 $EXTRA
 }
 

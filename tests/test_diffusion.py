@@ -11,6 +11,7 @@ import torch
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps, trailing_timesteps
 from guided_diffusion.samplers import SAMPLERS, dynamic_thresholding, sample_loop
+from guided_diffusion.script_util import ConfigError, DiffusionConfig, create_gaussian_diffusion
 from guided_diffusion.seeding import ImageNoise
 
 STEPS = 1000
@@ -249,6 +250,35 @@ def test_trailing_timesteps_begin_at_the_noisiest():
     for steps in (1, 3, 7, 20, 999, 1000):
         timesteps = trailing_timesteps(STEPS, steps)
         assert timesteps[-1] == STEPS - 1 and len(set(timesteps)) == steps and timesteps[0] >= 0
+
+
+@pytest.mark.parametrize("steps", [1, 10, 19, 20])
+def test_a_linear_schedule_needs_more_than_twenty_steps(steps):
+    """The traditional scaling takes the last beta to 20 / steps; at 1 nothing of the image is left to sample from."""
+    message = f"diffusion_steps {steps} with noise_schedule 'linear': the last beta would be {20 / steps:g}"
+    with pytest.raises(ConfigError, match=message):
+        create_gaussian_diffusion(DiffusionConfig(diffusion_steps=steps))
+
+
+@pytest.mark.parametrize("schedule,steps", [("linear", 21), ("cosine", 1), ("cosine", 20), ("cosine", 1000)])
+def test_every_table_of_a_schedule_is_finite(schedule, steps):
+    for num_steps in {1, steps}:
+        diffusion = create_gaussian_diffusion(
+            DiffusionConfig(diffusion_steps=steps, noise_schedule=schedule), num_steps
+        )
+        for name, table in vars(diffusion).items():
+            assert not isinstance(table, np.ndarray) or np.isfinite(table).all(), name
+
+
+@pytest.mark.parametrize("betas", [[], [0.1, 1.0], [0.0, 0.1], [0.1, np.nan], [[0.1]]])
+def test_betas_that_make_no_diffusion(betas):
+    with pytest.raises(ValueError, match="betas must be one row of numbers above 0 and below 1; got"):
+        GaussianDiffusion(betas=np.array(betas))
+
+
+def test_a_schedule_of_no_steps():
+    with pytest.raises(ConfigError, match="diffusion_steps must be at least 1; got 0"):
+        create_gaussian_diffusion(DiffusionConfig(diffusion_steps=0))
 
 
 def test_bad_samplers_and_intervals():

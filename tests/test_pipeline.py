@@ -1,6 +1,8 @@
 """The pipeline in one process: three lines of Python, checkpoints of both kinds, what cannot be right."""
 
 import dataclasses
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 
 from guided_diffusion import checkpoints
 from guided_diffusion.pipeline import Sampling, SDMPipeline, image_seed
-from guided_diffusion.script_util import ConfigError, ModelConfig
+from guided_diffusion.script_util import ConfigError, ModelConfig, create_model_and_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +135,49 @@ def test_images_of_a_batch_are_those_made_alone(checkpoint):
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
         ({"dynamic_threshold": 2.0}, "dynamic_threshold"),
         ({"eta": -1.0}, "eta"),
+        ({"s": float("nan")}, "s must be a finite number; got nan"),
+        ({"s": float("inf")}, "s must be a finite number; got inf"),
+        ({"s": None}, r"s must be a number; got None \(NoneType\)"),
+        ({"num_steps": 2.5}, "num_steps must be a whole number; got 2.5"),
+        ({"clip_denoised": "perhaps"}, "clip_denoised must be True or False; got 'perhaps'"),
+        ({"guidance_interval": "0.5"}, "guidance_interval must be LOW,HIGH, .* got '0.5'"),
+        ({"guidance_interval": (0, 0.5, 1)}, r"guidance_interval must be LOW,HIGH, .* got \(0, 0.5, 1\)"),
+        ({"guidance_interval": None}, "guidance_interval must be LOW,HIGH, .* got None"),
     ],
 )
 def test_settings_that_cannot_be(checkpoint, arguments, message):
     with pytest.raises(ConfigError, match=message):
         SDMPipeline.from_checkpoint(checkpoint)(LABEL, **{**FAST, **arguments})
+
+
+def test_settings_of_other_types_mean_the_same():
+    plain = Sampling(s=2.0, num_steps=5, timestep_respacing="10,15", guidance_interval=(0.0, 0.5), clip_denoised=False)
+    other = Sampling(
+        "2", num_steps=np.int64(5), timestep_respacing=[10, 15], guidance_interval="0,0.5", clip_denoised=0
+    )
+    assert other == plain and dataclasses.replace(other) == plain
+    assert {type(value) for value in dataclasses.asdict(other).values()} == {float, int, str, tuple, bool}
+    assert Sampling(guidance_interval=[0, 1]) == Sampling()
+
+
+@pytest.mark.parametrize("three", [np.int64(3), np.uint8(3), torch.tensor(3)])
+def test_a_seed_is_a_number_whatever_holds_it(checkpoint, three):
+    assert image_seed(three, "a", np.int64(1)) == image_seed(3, "a", 1)
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    assert np.array_equal(pipeline(LABEL, seed=three, **FAST)[0], pipeline(LABEL, seed=3, **FAST)[0])
+
+
+def test_seeds_stay_what_they_were():
+    assert (
+        image_seed(0, "", 0) == 3323650313632651868
+        and image_seed(True, "name", 2) == image_seed(1, "name", 2) == 5103386432334912746
+    )
+
+
+@pytest.mark.parametrize("seed", [0.0, "0", None, torch.tensor(0.0)])
+def test_what_is_no_seed_is_refused(checkpoint, seed):
+    with pytest.raises(TypeError, match=r"seed must be a whole number, as 0; got .*: convert it"):
+        SDMPipeline.from_checkpoint(checkpoint)(LABEL, seed=seed, **FAST)
 
 
 def test_layouts_that_cannot_be(checkpoint):
@@ -167,8 +207,42 @@ def test_checkpoints_that_cannot_be(checkpoint, folder, tmp_path):
 
 
 def test_other_spellings_of_one_network_do_not_contradict(checkpoint):
-    pipeline = SDMPipeline.from_checkpoint(checkpoint, channel_mult="1.0,2", attention_resolutions="8")
-    assert pipeline.model_config.multipliers() == MODEL.multipliers()
+    spellings = [
+        {"channel_mult": "1.0,2", "attention_resolutions": "8"},
+        {"channel_mult": (1, 2), "attention_resolutions": [8], "num_channels": "32", "no_instance": "True"},
+        {"channel_mult": [1.0, 2], "attention_resolutions": 8, "num_channels": np.int64(32), "image_size": 16.0},
+    ]
+    for settings in spellings:
+        pipeline = SDMPipeline.from_checkpoint(checkpoint, **settings)
+        assert pipeline.model_config.multipliers() == MODEL.multipliers()
+
+
+def test_builders_take_numbers_and_lists():
+    settings = {**SETTINGS, "attention_resolutions": 8, "channel_mult": (1, 2), "use_fp16": "False"}
+    model, diffusion = create_model_and_diffusion(**settings)
+    assert model.state_dict().keys() == create_model_and_diffusion(**SETTINGS)[0].state_dict().keys()
+    assert model.dtype == torch.float32 and diffusion.num_timesteps == 1000
+
+
+@pytest.mark.parametrize(
+    "name,value,wanted",
+    [
+        ("num_channels", "many", "a whole number"),
+        ("num_channels", 32.5, "a whole number"),
+        ("channel_mult", None, "text or numbers"),
+        ("channel_mult", (1, None), "text or numbers"),
+        ("dropout", "none", "a number"),
+        ("learn_sigma", "maybe", "True or False"),
+    ],
+)
+def test_settings_of_no_clear_meaning(checkpoint, name, value, wanted):
+    with pytest.raises(ConfigError, match=f"{name} must be {wanted}; got {re.escape(repr(value))}"):
+        SDMPipeline.from_checkpoint(checkpoint, **{name: value})
+
+
+def test_a_path_is_as_good_as_text(checkpoint):
+    image = SDMPipeline.from_checkpoint(pathlib.Path(checkpoint))(LABEL, **FAST)[0]
+    assert np.array_equal(image, SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0])
 
 
 def test_instances_and_rectangles(tmp_path):
@@ -181,6 +255,10 @@ def test_instances_and_rectangles(tmp_path):
     assert not np.array_equal(image, other)
     with pytest.raises(ValueError, match="needs an instance_map"):
         pipeline(wide, **FAST)
+    for shape in ((1, 1), (16, 1), (1, 32), (8, 8)):
+        sizes = f"instance map is {shape[0]}x{shape[1]} .* label map 16x32"
+        with pytest.raises(ValueError, match=sizes):
+            pipeline(wide, instance_map=np.zeros(shape, int), **FAST)
 
 
 def test_traditional_channel_multipliers():
