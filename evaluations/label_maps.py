@@ -18,10 +18,12 @@ IGNORED = -1
 FORBIDDEN = -2
 
 # Label ids to the classes that are scored; ids left out are ignored. Cityscapes: its 34 ids to its 19 train ids.
+# ADE20K: the network's ids, which sampling writes to labels/ (150 is unlabelled), and those of the annotations.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 REMAPS = {
     "cityscapes": {label_id: index for index, label_id in enumerate(CITYSCAPES_IDS)},
-    "ade20k": {label_id: label_id - 1 for label_id in range(1, 151)},
+    "ade20k": {label_id: label_id for label_id in range(150)},
+    "ade20k-annotations": {label_id: label_id - 1 for label_id in range(1, 151)},
 }
 
 

@@ -47,6 +47,7 @@ INCEPTION_WEIGHTS = PublishedWeights(
     url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     sha256="6726825d",
 )
+SAMPLING_RECORD = "sampling.json"  # image_sample.py writes it into its results folder
 FEW_IMAGES = 2048  # with fewer images than dimensions the covariance is singular, and the distance well above its limit
 
 
@@ -256,6 +257,29 @@ def save_statistics(source: Source, path: Path, protocol: dict[str, str]) -> Non
     print(f"statistics of {len(source.checked.good)} images: {path}")
 
 
+def check_names(listed: dict[Path, list[Path]], report: Report) -> None:
+    """Warns of names in one of two folders alone. Raises EvaluationError where both belong to one results folder:
+    each photograph has its sample there, unless sampling was not finished."""
+    if len(listed) != 2:
+        return
+    names = {folder: {path.stem for path in images} for folder, images in listed.items()}
+    first, second = names
+    alone = [
+        f"{folder} alone holds {len(rest)} of its {len(names[folder])} names ({shown(sorted(rest))})"
+        for folder, other in ((first, second), (second, first))
+        if (rest := names[folder] - names[other])
+    ]
+    if not alone:
+        return
+    results = first.resolve().parent
+    if results == second.resolve().parent and (results / SAMPLING_RECORD).is_file():
+        raise EvaluationError(
+            f"{'; '.join(alone)}: {results} holds a sampling that is not finished, or two of different lengths. Finish "
+            "it with the command that began it (image_sample.py makes what is missing), or sample to a new folder"
+        )
+    report.warn(f"{'; '.join(alone)}: is it the same set of layouts?")
+
+
 def compare_names(sources: list[Source]) -> dict[str, Any]:
     """Names in one folder alone; the distance needs no pairs, but samples of other layouts measure something else."""
     if not all(source.checked for source in sources):
@@ -284,6 +308,7 @@ def main() -> None:
     check_output("--save_stats", arguments.save_stats)
     device = choose_device(arguments.device)
     listed = {path: list_images(path) for path in paths if path.suffix != ".npz" or path.is_dir()}
+    check_names(listed, report)
     if arguments.kid and len(listed) != len(paths):
         raise EvaluationError("--kid True needs folders of images: statistics do not hold the single features")
     weights = find_weights(arguments.weights, INCEPTION_WEIGHTS, report) if listed else None

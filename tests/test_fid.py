@@ -303,6 +303,35 @@ def test_grey_transparent_and_mixed_sizes_are_scored_with_a_warning(folders, tmp
     assert last_number(captured.out) > 0
 
 
+def test_folders_of_different_names_are_scored_with_a_warning(folders, tmp_path, capsys):
+    fewer = shutil.copytree(folders[1], tmp_path / "fewer")
+    (fewer / "003.png").rename(fewer / "other.png")
+    (fewer / "004.png").unlink()
+    call("test_with_FID", folders[0], fewer, *RANDOM, "--json", tmp_path / "r.json")
+    captured = capsys.readouterr()
+    assert f"warning: {folders[0]} alone holds 2 of its 5 names (003, 004)" in captured.err
+    assert f"{fewer} alone holds 1 of its 4 names (other)" in captured.err
+    assert any("alone holds" in warning for warning in json.loads((tmp_path / "r.json").read_text())["warnings"])
+    call("test_with_FID", *folders, *RANDOM)
+    assert "alone holds" not in capsys.readouterr().err
+
+
+def test_a_sampling_that_is_not_finished_is_not_scored(folders, tmp_path, capsys, monkeypatch):
+    images = shutil.copytree(folders[0], tmp_path / "images")
+    samples = shutil.copytree(folders[1], tmp_path / "samples")
+    (tmp_path / "sampling.json").write_text("{}")
+    call("test_with_FID", images, samples, *RANDOM)
+    assert last_number(capsys.readouterr().out) > 0
+    (samples / "002.png").unlink()
+    with fails(rf"(?s)images alone holds 1 of its 5 names \(002\).*{tmp_path} holds .* not finished.*Finish it with"):
+        call("test_with_FID", images, samples, *RANDOM)
+    monkeypatch.chdir(samples)  # other names of the same two folders
+    with fails("not finished"):
+        call("test_with_FID", "../images", ".", *RANDOM)
+    call("test_with_FID", folders[0], samples, *RANDOM)  # photographs from elsewhere: a warning
+    assert "alone holds" in capsys.readouterr().err
+
+
 def test_images_of_16_bits_are_refused(folders, tmp_path):
     folder = shutil.copytree(folders[0], tmp_path / "images")
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(folder / "deep.png")

@@ -10,6 +10,8 @@ import torch
 from evaluation_helpers import call, fails, last_number, load_script, run_script, truncate, write_pictures
 from PIL import Image
 
+from guided_diffusion.dataset_specs import get_spec
+
 miou = load_script("miou")
 label_maps = load_script("label_maps")
 
@@ -159,9 +161,20 @@ def test_ade20k_remap_drops_the_unlabelled_and_counts_from_zero(tmp_path):
     labels = np.random.default_rng(0).integers(0, 151, (2, HEIGHT, WIDTH))
     write_maps(tmp_path / "labels", labels)
     write_maps(tmp_path / "predictions", (labels - 1).clip(0))
-    record = score(tmp_path, "--remap", "ade20k")
+    record = score(tmp_path, "--remap", "ade20k-annotations")
     assert record["score"] == 100
     assert np.sum(record["confusion"]) == (labels > 0).sum()
+
+
+def test_ade20k_of_a_results_folder_is_scored_by_the_networks_ids(tmp_path):
+    """What sampling writes to labels/ for the published annotations: the layout itself as the prediction is perfect."""
+    table = get_spec("ade20k").lookup_table(label_maps.IDS)
+    annotations = np.random.default_rng(0).integers(0, 151, (2, HEIGHT, WIDTH))
+    write_maps(tmp_path / "labels", table[annotations])
+    write_maps(tmp_path / "predictions", (annotations - 1).clip(0))
+    record = score(tmp_path, "--remap", "ade20k")
+    assert record["score"] == 100
+    assert np.sum(record["confusion"]) == (annotations > 0).sum()
 
 
 def test_a_remap_file_and_ignored_ids(results, tmp_path):
