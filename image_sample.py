@@ -4,10 +4,11 @@ mpiexec -n 8 python image_sample.py --model_path .../ema_0.9999_best.pt --s 1.5 
 """
 
 import dataclasses
+import os
 import sys
 
 from guided_diffusion import checkpoints, dist_util
-from guided_diffusion.image_datasets import open_dataset
+from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.sample_util import SampleRun, sampling_of, sampling_record
 from guided_diffusion.script_util import (
@@ -56,6 +57,7 @@ def main() -> int:
             **settings,
         )
         pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here
+        alone = config.labels_dir and "data_dir" not in flags and "dataset_mode" not in flags
         dataset = open_dataset(
             data_dir=data.data_dir,
             dataset_mode=data.dataset_mode,
@@ -65,6 +67,13 @@ def main() -> int:
             use_instances=not pipeline.model_config.no_instance,
             labels_dir=config.labels_dir or None,
             training=False,
+            # Label maps alone mean what those of the training meant, wherever its data is now.
+            dataset_json=recorded.get("dataset_json") if recorded and alone else None,
+        )
+        results = config.labels_dir and holds_network_ids(config.labels_dir)
+        log(
+            f"layouts: {os.path.dirname(dataset.items[0].label)}"  # the split's folder may have another name
+            + (", of a results folder: its ids are taken as the network's" if results else "")
         )
         if dataset.has_instances == pipeline.model_config.no_instance:
             raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
@@ -74,7 +83,7 @@ def main() -> int:
             dataset=dataset,
             config=config,
             sampling=sampling,
-            record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), precision),
+            record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), precision, dataset.spec),
             num_workers=data.num_workers,
             world=world,
             log=log,

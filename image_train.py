@@ -11,7 +11,7 @@ import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import CheckpointError, recorded_config
-from guided_diffusion.dataset_specs import DataError, get_spec
+from guided_diffusion.dataset_specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
 from guided_diffusion.script_util import (
     ConfigError,
@@ -59,6 +59,8 @@ def main() -> int:
         model = create_model(model_config, diffusion_config.learn_sigma)
         settings = [("data", data), ("training", config), ("model", model_config), ("diffusion", diffusion_config)]
         record = {name: dataclasses.asdict(part) for name, part in settings} | {"torch": torch.__version__}
+        if data.dataset_mode == "custom":  # what ids mean: sampling from label maps alone needs it
+            record["dataset_json"] = read_dataset_json(data.data_dir)
         logger.log(f"settings: {record}")
         finished = TrainLoop(
             model=model,

@@ -153,12 +153,14 @@ def open_dataset(
     labels_dir: str | os.PathLike | None = None,
     skip_bad: bool = False,
     training: bool | None = None,
+    dataset_json: dict | None = None,
 ) -> LayoutDataset:
     """A split of a data set in one of the modes of `dataset_specs.DATASET_MODES`.
 
     split: "train" has the training transform (joint random crop, or the central crop where `random_crop` is off;
     flip; a further enlargement of up to 1 + `scale_jitter`), "val" and "test" the whole picture resized. labels_dir:
-    take label maps alone from that folder (with `data_dir` for its `dataset.json` only), with the sampling transform.
+    take label maps alone from that folder (with `data_dir` for its `dataset.json` only), with the sampling transform;
+    the `labels` of a results folder hold the network's ids already. dataset_json: see `get_spec`.
     use_instances: read instance maps where the mode has them. skip_bad: training batches pass over unreadable items.
     Raises MissingSplitError for a folder that is not there and DataError for anything else that is wrong with the
     data.
@@ -167,8 +169,10 @@ def open_dataset(
         raise DataError(f"image_size is {image_size}; it must be at least 1")
     if scale_jitter < 0:
         raise DataError(f"scale_jitter is {scale_jitter}; 0 switches it off, 0.5 enlarges by up to 1.5")
-    spec = get_spec(dataset_mode, data_dir, num_classes)
+    spec = get_spec(dataset_mode, data_dir, num_classes, dataset_json)
     if labels_dir is not None:
+        if holds_network_ids(labels_dir):
+            spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None)
         items = list_label_items(spec, labels_dir, use_instances)
     elif data_dir is None or not os.fspath(data_dir):
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")
@@ -190,6 +194,12 @@ def open_dataset(
         skip_bad=skip_bad,
         use_instances=use_instances,
     )
+
+
+def holds_network_ids(labels_dir: str | os.PathLike) -> bool:
+    """Whether a sampling run wrote these label maps: then their ids are the network's, not those of a data set."""
+    folder, name = os.path.split(os.path.abspath(labels_dir))
+    return name == "labels" and os.path.exists(os.path.join(folder, "sampling.json"))
 
 
 def _check_cache(data_dir, cache: dict, dataset_mode: str, image_size: int, scale_jitter: float) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import checkpoints
+from .dataset_specs import DatasetSpec
 from .dist_util import World
 from .image_datasets import LayoutDataset, sampling_batches
-from .image_transforms import read_label
 from .pictures import colorize, contact_sheet, save_png
 from .pipeline import Sampling, SDMPipeline, image_seed
 from .script_util import ConfigError, SampleConfig, binding_settings
@@ -133,7 +133,7 @@ class SampleRun:
             name = signal.Signals(stopped).name
             self.log(f"stopped by {name} after {done} of {count} images; the same command goes on with the others")
             return False
-        self.world.on_main(self._overview)
+        self.world.on_main(self._finish)
         self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
         return True
 
@@ -153,20 +153,23 @@ class SampleRun:
                 checkpoints.remove_leftovers(path)
         except OSError as error:
             raise checkpoints.CheckpointError(f"cannot write {path}: {error}; choose another --results_path") from error
-        self._check_record()
+        afresh = self._check_record()
+        changed = self._check_layouts()
+        if afresh:  # all of them: what remains must not pass for having been made with these settings
+            self._remove_samples(r".*\.png")
+        elif changed:
+            names = [self.dataset.names[layout] for layout in changed]
+            self.log(f"{len(names)} layouts have changed since they were sampled and are sampled again: {shown(names)}")
+            self._remove_samples("|".join(re.escape(f"{name}.png") for name in names))
+        if self.config.overwrite:  # until it is done: a start after a stop goes on
+            self.record["run"]["overwriting"] = True
         todo = {}
         for layout, name in enumerate(self.dataset.names[: self.layouts]):
             missing = [
-                index
-                for index, folder in enumerate(self.sample_folders)
-                if self.config.overwrite or not os.path.exists(self._path(folder, name))
+                i for i, folder in enumerate(self.sample_folders) if not os.path.exists(self._path(folder, name))
             ]
             if missing:
                 todo[layout] = missing
-        self._check_layouts(list(todo))
-        if self.config.overwrite:  # all of them: what remains must not pass for having been made with these settings
-            for path in glob.glob(os.path.join(glob.escape(self.folder), "samples*", "*.png")):
-                os.remove(path)
         checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
         kinds = ["labels", *(["images"] if self.dataset.has_images else [])]
         inputs = [
@@ -176,38 +179,64 @@ class SampleRun:
         ]
         return todo, inputs
 
-    def _check_record(self) -> None:
-        path = os.path.join(self.folder, "sampling.json")
-        if self.config.overwrite or not os.path.exists(path):
-            return
+    def _check_record(self) -> bool:
+        """Compares with what made the samples that are there. Returns whether they are to be made afresh."""
+        path, overwrite = os.path.join(self.folder, "sampling.json"), self.config.overwrite
+        if not os.path.exists(path):
+            return overwrite
         try:
             with open(path, encoding="utf-8") as file:
                 record = json.load(file)
             before, run = dict(record["images"]), dict(record["run"])
         except (ValueError, KeyError, TypeError) as error:
+            if overwrite:
+                return True
             raise ConfigError(
                 f"{path} is damaged ({type(error).__name__}: {error}); --overwrite True makes the images again"
             ) from error
         now = json.loads(json.dumps(self.record["images"]))
         differences = [
-            f"{key}: {before.get(key)!r} there, {now[key]!r} now" for key in now if before.get(key) != now[key]
+            f"{key}: {before[key]!r} there, {now[key]!r} now"
+            for key in now
+            if key in before and _comparable(key, before[key]) != _comparable(key, now[key])
         ]
+        if overwrite and (differences or "overwriting" not in run):
+            return True
         if differences:
             raise ConfigError(
                 f"{self.folder} holds images made with other settings ({'; '.join(differences)}); choose another "
                 "--results_path, or --overwrite True to make them again"
             )
         self.record["run"] |= {"made": run["made"]} if "made" in run else {}
+        return False
 
-    def _check_layouts(self, layouts: list[int]) -> None:
-        """Reads every label map that will be sampled: a wrong id is found before the first image is made."""
+    def _check_layouts(self) -> list[int]:
+        """Reads every layout and photograph: what is wrong is found before the first image is made. Returns those whose
+        layout is not the one that `labels/` tells of."""
 
-        def check(layout: int) -> None:
-            read_label(self.dataset.items[layout].label, self.dataset.spec)
+        def has_changed(layout: int) -> bool:
+            ids = self.dataset[layout]["label"][0].numpy()
+            path = self._path("labels", self.dataset.names[layout])
+            try:
+                with Image.open(path) as stored:
+                    return not np.array_equal(np.asarray(stored), ids)
+            except FileNotFoundError:
+                return False
+            except OSError:  # no picture any more: what it was is not known
+                return True
 
         with ThreadPoolExecutor() as pool:
-            for _ in tqdm(pool.map(check, layouts), total=len(layouts), desc="checking layouts", leave=False):
-                pass
+            results = pool.map(has_changed, range(self.layouts))
+            results = tqdm(results, total=self.layouts, desc="checking layouts", leave=False)
+            return [layout for layout, changed in enumerate(results) if changed]
+
+    def _remove_samples(self, names: str) -> None:
+        """Removes the samples whose file name matches, from every folder of samples."""
+        for folder in os.listdir(self.folder):
+            if re.fullmatch(r"samples(_\d+)?", folder):
+                for name in os.listdir(os.path.join(self.folder, folder)):
+                    if re.fullmatch(names, name):
+                        os.remove(os.path.join(self.folder, folder, name))
 
     def _batches(self, todo: dict[int, list[int]]) -> list[list[tuple[int, int]]]:
         """(layout, sample index) pairs, a batch at a time. Several samples of one layout share a batch, and so what
@@ -280,6 +309,11 @@ class SampleRun:
         self.record["run"]["made"] = {"images": before["images"] + count, "seconds": seconds, "ranks": self.world.size}
         checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
 
+    def _finish(self) -> None:
+        if self.record["run"].pop("overwriting", False):
+            checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
+        self._overview()
+
     def _overview(self) -> None:
         """A page of layout, photograph and samples, from what is in the folder. On rank 0."""
         shown = self.sample_folders[:OVERVIEW_SAMPLES]
@@ -306,8 +340,23 @@ class SampleRun:
             return picture
 
 
+def _comparable(key: str, value: Any) -> Any:
+    """The meaning of a recorded value: two spellings of one folder are no difference."""
+    return os.path.normpath(value) if key in ("data_dir", "labels_dir") and value else value
+
+
+def shown(names: list[str], limit: int = 5) -> str:
+    """Names for a message."""
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
 def sampling_record(
-    config: SampleConfig, sampling: Sampling, pipeline: SDMPipeline, data: dict[str, Any], precision: str
+    config: SampleConfig,
+    sampling: Sampling,
+    pipeline: SDMPipeline,
+    data: dict[str, Any],
+    precision: str,
+    spec: DatasetSpec,
 ) -> dict[str, Any]:
     """What sampling.json holds: under `images` all that decides an image, under `run` the rest."""
     layouts = {"labels_dir": config.labels_dir} if config.labels_dir else {"data_dir": data["data_dir"]}
@@ -320,6 +369,7 @@ def sampling_record(
             **dataclasses.asdict(sampling),
             "dataset_mode": data["dataset_mode"],
             **layouts,
+            **({"remap": dict(spec.remap), "crop": spec.crop} if spec.name == "custom" else {}),
             **binding_settings(pipeline.model_config),
             **binding_settings(pipeline.diffusion_config),
         },

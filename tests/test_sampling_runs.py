@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +211,84 @@ def test_a_wrong_id_is_found_before_the_first_image(root):
     result = sample(root, "unmade", "--data_dir", str(root / "wrong"))
     assert result.returncode == 1 and "scene4.png" in result.stdout and "9" in result.stdout
     assert not os.listdir(root / "unmade" / "samples")
+
+
+def test_an_overwriting_run_that_was_stopped_goes_on(root, two_ranks, tmp_path):
+    """Started again it makes what is missing, though its flag says to make all anew; other folders are left alone."""
+    shutil.copytree(root / "two", tmp_path / "anew")
+    mine = tmp_path / "anew" / "samples_backup" / "scene0.png"
+    shutil.copytree(root / "two" / "samples", mine.parent)
+    arguments = ["image_sample.py", "--model_path", root / "run" / "ema_0.9_best.pt", "--s", "1.5", "--batch_size", "1"]
+    arguments = [str(part) for part in (*arguments, "--num_steps", "50", "--results_path", tmp_path / "anew")]
+    arguments += ["--overwrite", "True"]
+    first = tmp_path / "anew" / "samples" / "scene0.png"
+    old = first.stat().st_mtime_ns
+    (process,) = launch(arguments)
+    wait_for(lambda: first.exists() and first.stat().st_mtime_ns != old)
+    process.send_signal(signal.SIGTERM)
+    assert finish([process]) == [EXIT_UNFINISHED]
+    there = {path.name: path.stat().st_mtime_ns for path in first.parent.glob("*.png")}
+    assert 0 < len(there) < LAYOUTS
+    for images_to_make in (LAYOUTS - len(there), LAYOUTS):  # goes on; then, finished, begins anew
+        log = tmp_path / f"log{images_to_make}"
+        assert finish(launch(arguments, log=log)) == [0]
+        told = Path(f"{log}.0").read_text()
+        assert f"{images_to_make} images to make" in told
+        if images_to_make < LAYOUTS:
+            assert all((first.parent / name).stat().st_mtime_ns == time for name, time in there.items())
+    assert "overwriting" not in json.loads((tmp_path / "anew" / "sampling.json").read_text())["run"] and mine.exists()
+
+
+def test_a_layout_that_was_drawn_anew_is_sampled_anew(root, tmp_path):
+    shutil.copytree(root / "data" / "val" / "labels", tmp_path / "drawn")
+    flags = ("--labels_dir", str(tmp_path / "drawn"))
+    assert sample(root, tmp_path / "results", *flags).returncode == 0
+    before = pictures(tmp_path / "results" / "samples")
+    drawn = tmp_path / "drawn" / "scene1.png"
+    save(drawn, 3 - np.asarray(Image.open(drawn)))
+    result = sample(root, tmp_path / "results", "--labels_dir", f"{tmp_path}/drawn/")  # the same folder
+    assert "1 layouts have changed" in result.stdout and "scene1" in result.stdout, result.stdout
+    assert "1 images to make" in result.stdout
+    after = pictures(tmp_path / "results" / "samples")
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == ["scene1"]
+
+
+def test_a_damaged_photograph_is_found_before_the_first_image(root, tmp_path):
+    shutil.copytree(root / "data", tmp_path / "data")
+    last = sorted((tmp_path / "data" / "val" / "images").iterdir())[-1]
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    result = sample(root, tmp_path / "results", "--data_dir", str(tmp_path / "data"))
+    assert result.returncode == 1 and last.name in result.stdout
+    assert not list((tmp_path / "results" / "samples").iterdir())
+
+
+def test_what_an_id_means_is_that_of_the_training_and_of_the_folder(root, tmp_path):
+    """dataset.json's remap: where a results folder goes on, for label maps alone, and for those of such a folder."""
+    shutil.copytree(root / "data", tmp_path / "data")
+    meaning = (
+        json.loads((tmp_path / "data" / "dataset.json").read_text())
+        if (tmp_path / "data" / "dataset.json").exists()
+        else {}
+    )
+    swapped = meaning | {"remap": {"0": 3, "3": 0}}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(swapped))
+    data = ("--data_dir", str(tmp_path / "data"))
+    assert sample(root, tmp_path / "results", *data, "--num_samples", "1").returncode == 0
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(meaning))
+    result = sample(root, tmp_path / "results", *data)
+    assert result.returncode == 1 and "remap: {'0': 3, '3': 0} there, {} now" in result.stdout, result.stdout
+
+    # A checkpoint that was trained with the remap; its data is not there.
+    shutil.copytree(root / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["data_dir"] = str(tmp_path / "gone")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config | {"dataset_json": swapped}))
+    annotations = root / "data" / "val" / "labels"
+    assert sample(tmp_path, "alone", "--labels_dir", str(annotations)).returncode == 0
+    swap = np.array([3, 1, 2, 0])
+    stored = np.asarray(Image.open(annotations / "scene0.png").resize((16, 16), Image.NEAREST))
+    network = np.asarray(Image.open(tmp_path / "alone" / "labels" / "scene0.png"))
+    assert np.array_equal(network, swap[stored]) and not np.array_equal(network, stored)
+    again = sample(tmp_path, "again", "--labels_dir", str(tmp_path / "alone" / "labels"))
+    assert "taken as the network's" in again.stdout, again.stdout
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again" / "labels" / "scene0.png")), network)
