@@ -159,7 +159,7 @@ class SampleRun:
             self._remove_samples(r".*\.png")
         elif changed:
             names = [self.dataset.names[layout] for layout in changed]
-            self.log(f"{len(names)} layouts have changed since they were sampled and are sampled again: {shown(names)}")
+            self.log(f"sampled again, because their layouts have changed: {shown(names)}")
             self._remove_samples("|".join(re.escape(f"{name}.png") for name in names))
         if self.config.overwrite:  # until it is done: a start after a stop goes on
             self.record["run"]["overwriting"] = True
