@@ -1,6 +1,6 @@
 """Scores the CamVid run of scripts/camvid.sh and compares settings, one row each with its cost.
 
-    python benchmarks/camvid.py --out OUTPUT/camvid-cpu --ema 0.995 --steps 2400 --precision bf16 --ranks 2
+    python benchmarks/camvid.py --out OUTPUT/camvid-cpu --ema 0.995 --steps 3600 --precision bf16 --ranks 2
 
 Reads the checkpoints and samples in OUT, makes the samples of the comparison in OUT/compared (what is there is not made
 again), and writes OUT/figures.json, the tables OUT/figures.md and the plot OUT/quality.png. FID and LPIPS are scored

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # CamVid from scratch: trains, fine-tunes with label drop, samples, scores, compares settings, draws the pictures.
-#   CAMVID=path/to/CamVid bash scripts/camvid.sh            the CPU's size: 64x48 pixels, under two hours on two cores
+#   CAMVID=path/to/CamVid bash scripts/camvid.sh            the CPU's size: 64x48 pixels, some two hours on two cores
 #   CAMVID=path/to/CamVid SIZE=gpu bash scripts/camvid.sh   192x144 pixels; made for one H100 (not run yet)
 # CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT
 # (OUTPUT/camvid-cpu or OUTPUT/camvid-gpu).
@@ -11,13 +11,13 @@ use_environment mpi,plots
 size=${SIZE:-cpu} out=${OUT:-OUTPUT/camvid-$size}
 case $size in
   cpu)
-    ranks=${RANKS:-2} steps=${STEPS:-2400} precision=bf16 pixels=48
+    ranks=${RANKS:-2} steps=${STEPS:-3600} precision=bf16 pixels=48
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread per rank: the ranks are the parallelism
-    network="--num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 --attention_resolutions 12,6 --num_head_channels 32"
+    network=(--num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 --attention_resolutions 12,6 --num_head_channels 32)
     batch=8 lr=5e-4 ema=0.995 sampling_batch=16 ;;
   gpu) # 51 tera-operations a step (FlopCounterMode): at a quarter of an H100's peak, a quarter of an hour
     ranks=${RANKS:-1} steps=${STEPS:-4800} precision=bf16 pixels=144
-    network="--num_channels 128 --channel_mult 1,1,2,3,4 --num_res_blocks 2 --attention_resolutions 36,18,9 --num_head_channels 64"
+    network=(--num_channels 128 --channel_mult 1,1,2,3,4 --num_res_blocks 2 --attention_resolutions 36,18,9 --num_head_channels 64)
     batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;
   *) echo "error: SIZE is $size; choose cpu or gpu" >&2; exit 2 ;;
 esac
@@ -31,16 +31,16 @@ python scripts/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 
 
 # As published but for the size, and for two flags: a short training learns an image sooner than its noise, and beside an
 # image's error the variance's loss would take most of it.
-model="--data_dir $data --dataset_mode custom --no_instance True --class_cond True --image_size $pixels $network
-  --resblock_updown True --use_scale_shift_norm True --predict_xstart True --learn_sigma False --precision $precision"
-training="--batch_size $((batch / ranks)) --ema_rate $ema --save_interval $interval --log_interval 50 --val_images 32
-  --scale_jitter 0.2 --sample_interval $interval"
-sampling="--precision $precision --s 1.5 --sampler dpmsolver++ --num_steps 20"
+model=(--data_dir "$data" --dataset_mode custom --no_instance True --class_cond True --image_size "$pixels" "${network[@]}"
+  --resblock_updown True --use_scale_shift_norm True --predict_xstart True --learn_sigma False --precision "$precision")
+training=(--batch_size $((batch / ranks)) --ema_rate "$ema" --save_interval "$interval" --log_interval 50 --val_images 32
+  --scale_jitter 0.2 --sample_interval "$interval")
+sampling=(--precision "$precision" --s 1.5 --sampler dpmsolver++ --num_steps 20)
 
 train() { # train LOGDIR STEPS FLAGS...
   local logdir=$1 steps=$2
   shift 2
-  $launcher python image_train.py $model $training --logdir "$logdir" --max_steps "$steps" "$@"
+  $launcher python image_train.py "${model[@]}" "${training[@]}" --logdir "$logdir" --max_steps "$steps" "$@"
 }
 
 echo "1/6  the segmentation network that scores samples: $segmenter"
@@ -54,10 +54,10 @@ echo "4/6  sampling: $results"
 best=$out/finetune/ema_${ema}_best.pt
 for split in val test; do
   $launcher python image_sample.py --model_path "$best" --results_path "$results/$split" --split "$split" \
-    --batch_size "$sampling_batch" $sampling
+    --batch_size "$sampling_batch" "${sampling[@]}"
 done
 $launcher python image_sample.py --model_path "$best" --results_path "$results/several" --data_dir "$out/subset" \
-  --samples_per_layout 10 --batch_size 10 $sampling
+  --samples_per_layout 10 --batch_size 10 "${sampling[@]}"
 echo "5/6  the same by loss weighting, for a quarter of the steps: $out/min_snr"
 train "$out/min_snr" $((steps / 4)) --lr "$lr" --warmup_steps 100 --loss_weighting min_snr
 echo "6/6  scores, settings compared, pictures"
