@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM of two "hosts" (network namespaces on this machine), and what a job there meets: srun, mpiexec in an allocation,
-# the time limit and a requeue, scancel, a suspension, a rank that is killed. About seven minutes.
+# the time limit and a requeue, scancel, a suspension, a rank that is killed. Some six minutes.
 # Needs root, iproute2 and SLURM with munge (Debian: apt-get install iproute2 slurm-wlm munge); without them it says so and
 # does nothing.
 out=${1:-OUTPUT/two_hosts_slurm}
@@ -99,7 +99,7 @@ INNER
 rm -f "$out/job.log"
 log=$out/job.log
 job=$(on a sbatch --parsable "$out/job.sh")
-wait_for 150 grep -q "^status" "$log"
+wait_for 150 grep -qs "^status" "$log"
 said "stopped by SIGUSR1 at step [0-9]+; all is saved" "$log" "time limit: saved before it"
 said "^status 75" "$log" "time limit: exit status 75"
 wait_for 60 in_state PENDING "$job"
