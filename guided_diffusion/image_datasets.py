@@ -39,6 +39,7 @@ __all__ = [
     "training_batches",
 ]
 
+SAMPLING_RECORD = "sampling.json"  # in a results folder: what its images were made with
 _ORDER, _BALANCE = 1, 2  # keep the streams of random numbers apart from each other; 0 would equal no third number
 
 
@@ -199,7 +200,7 @@ def open_dataset(
 def holds_network_ids(labels_dir: str | os.PathLike) -> bool:
     """Whether a sampling run wrote these label maps: then their ids are the network's, not those of a data set."""
     folder, name = os.path.split(os.path.abspath(labels_dir))
-    return name == "labels" and os.path.exists(os.path.join(folder, "sampling.json"))
+    return name == "labels" and os.path.exists(os.path.join(folder, SAMPLING_RECORD))
 
 
 def _check_cache(data_dir, cache: dict, dataset_mode: str, image_size: int, scale_jitter: float) -> None:

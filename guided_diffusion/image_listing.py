@@ -8,7 +8,7 @@ import io
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import blobfile
@@ -102,8 +102,8 @@ def unread_files(spec: DatasetSpec, data_dir: str | os.PathLike, split: str) -> 
     for place in dict.fromkeys(join(root, part.format(split=folder)) for part in parts):
         deep = list(_below(place, 1 if layout.nested else 0))
         if deep:
-            named = ", ".join(sorted(deep)[:_NAMED]) + (", ..." if len(deep) > _NAMED else "")
             count = f"{len(deep)} picture file" + ("s" if len(deep) > 1 else "")
+            named = some_names(sorted(deep))
             notes.append(f"{count} in sub-folders of {place} not read ({named}); move them up to use them")
     return notes
 
@@ -293,5 +293,9 @@ def _count(keys: list, kind: str) -> str:
 
 
 def _some(files: dict[str, str], keys: list[str]) -> str:
-    names = [os.path.basename(files[key]) for key in keys[:_NAMED]]
-    return ", ".join(names) + (", ..." if len(keys) > _NAMED else "")
+    return some_names([os.path.basename(files[key]) for key in keys])
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first few, for a message."""
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from . import checkpoints
 from .dataset_specs import DatasetSpec
 from .dist_util import World
-from .image_datasets import LayoutDataset, sampling_batches
+from .image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
+from .image_listing import some_names
 from .pictures import colorize, contact_sheet, save_png
 from .pipeline import Sampling, SDMPipeline, image_seed
 from .script_util import ConfigError, SampleConfig, binding_settings
@@ -35,17 +36,13 @@ def sampling_of(config: SampleConfig, timestep_respacing: str) -> Sampling:
     """The flags as the pipeline takes them. :raises ConfigError: a value that no sampler takes."""
     if config.use_ddim and config.sampler not in ("", "ddim"):
         raise ConfigError(f"--use_ddim True contradicts --sampler {config.sampler}")
-    try:
-        low, high = (float(part) for part in config.guidance_interval.split(","))
-    except ValueError:
-        raise ConfigError(f"guidance_interval must be LOW,HIGH, as 0.1,0.8; got {config.guidance_interval!r}") from None
     return Sampling(
         s=config.s,
         sampler=config.sampler or ("ddim" if config.use_ddim else "ddpm"),
         num_steps=config.num_steps,
         timestep_respacing=timestep_respacing,
         eta=config.eta,
-        guidance_interval=(low, high),
+        guidance_interval=config.guidance_interval,
         clip_denoised=config.clip_denoised,
         dynamic_threshold=config.dynamic_threshold,
     )
@@ -156,11 +153,11 @@ class SampleRun:
         afresh = self._check_record()
         changed = self._check_layouts()
         if afresh:  # all of them: what remains must not pass for having been made with these settings
-            self._remove_samples(r".*\.png")
+            self._remove_samples()
         elif changed:
             names = [self.dataset.names[layout] for layout in changed]
-            self.log(f"sampled again, because their layouts have changed: {shown(names)}")
-            self._remove_samples("|".join(re.escape(f"{name}.png") for name in names))
+            self.log(f"sampled again, because their layouts have changed: {some_names(names)} ({len(names)} in all)")
+            self._remove_samples({f"{name}.png" for name in names})
         if self.config.overwrite:  # until it is done: a start after a stop goes on
             self.record["run"]["overwriting"] = True
         todo = {}
@@ -170,7 +167,7 @@ class SampleRun:
             ]
             if missing:
                 todo[layout] = missing
-        checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
+        checkpoints.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
         kinds = ["labels", *(["images"] if self.dataset.has_images else [])]
         inputs = [
             layout
@@ -181,7 +178,7 @@ class SampleRun:
 
     def _check_record(self) -> bool:
         """Compares with what made the samples that are there. Returns whether they are to be made afresh."""
-        path, overwrite = os.path.join(self.folder, "sampling.json"), self.config.overwrite
+        path, overwrite = os.path.join(self.folder, SAMPLING_RECORD), self.config.overwrite
         if not os.path.exists(path):
             return overwrite
         try:
@@ -211,8 +208,8 @@ class SampleRun:
         return False
 
     def _check_layouts(self) -> list[int]:
-        """Reads every layout and photograph: what is wrong is found before the first image is made. Returns those whose
-        layout is not the one that `labels/` tells of."""
+        """Reads every layout and photograph: what is wrong is found before the first image is made. Returns the layouts
+        that are not the ones in `labels/`, from which samples may have been made."""
 
         def has_changed(layout: int) -> bool:
             ids = self.dataset[layout]["label"][0].numpy()
@@ -230,12 +227,12 @@ class SampleRun:
             results = tqdm(results, total=self.layouts, desc="checking layouts", leave=False)
             return [layout for layout, changed in enumerate(results) if changed]
 
-    def _remove_samples(self, names: str) -> None:
-        """Removes the samples whose file name matches, from every folder of samples."""
+    def _remove_samples(self, names: set[str] | None = None) -> None:
+        """Removes the samples with these file names, else all, from every folder of samples that a run makes."""
         for folder in os.listdir(self.folder):
             if re.fullmatch(r"samples(_\d+)?", folder):
                 for name in os.listdir(os.path.join(self.folder, folder)):
-                    if re.fullmatch(names, name):
+                    if name.endswith(".png") if names is None else name in names:
                         os.remove(os.path.join(self.folder, folder, name))
 
     def _batches(self, todo: dict[int, list[int]]) -> list[list[tuple[int, int]]]:
@@ -307,11 +304,12 @@ class SampleRun:
         before = self.record["run"].get("made", {"images": 0, "seconds": 0.0})
         seconds = round(before["seconds"] + seconds, 3)
         self.record["run"]["made"] = {"images": before["images"] + count, "seconds": seconds, "ranks": self.world.size}
-        checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
+        checkpoints.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
 
     def _finish(self) -> None:
+        """Notes that all is there, and draws the overview. On rank 0."""
         if self.record["run"].pop("overwriting", False):
-            checkpoints.write_json(os.path.join(self.folder, "sampling.json"), self.record)
+            checkpoints.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
         self._overview()
 
     def _overview(self) -> None:
@@ -343,11 +341,6 @@ class SampleRun:
 def _comparable(key: str, value: Any) -> Any:
     """The meaning of a recorded value: two spellings of one folder are no difference."""
     return os.path.normpath(value) if key in ("data_dir", "labels_dir") and value else value
-
-
-def shown(names: list[str], limit: int = 5) -> str:
-    """Names for a message."""
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
 def sampling_record(

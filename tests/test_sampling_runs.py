@@ -247,7 +247,7 @@ def test_a_layout_that_was_drawn_anew_is_sampled_anew(root, tmp_path):
     drawn = tmp_path / "drawn" / "scene1.png"
     save(drawn, 3 - np.asarray(Image.open(drawn)))
     result = sample(root, tmp_path / "results", "--labels_dir", f"{tmp_path}/drawn/")  # the same folder
-    assert "because their layouts have changed: scene1\n" in result.stdout, result.stdout
+    assert "because their layouts have changed: scene1 (1 in all)\n" in result.stdout, result.stdout
     assert "1 images to make" in result.stdout
     after = pictures(tmp_path / "results" / "samples")
     assert [name for name in before if not np.array_equal(before[name], after[name])] == ["scene1"]
