@@ -11,14 +11,13 @@ from guided_diffusion import checkpoints, dist_util
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.sample_util import SampleRun, sampling_of, sampling_record
-from guided_diffusion.script_util import (
+from guided_diffusion.script_util import build_config, parse_flags
+from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
     SampleConfig,
-    build_config,
-    parse_flags,
     resolve_precision,
 )
 from guided_diffusion.stop_signals import EXIT_UNFINISHED

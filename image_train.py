@@ -13,15 +13,13 @@ from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import CheckpointError, recorded_config
 from guided_diffusion.dataset_specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
-from guided_diffusion.script_util import (
+from guided_diffusion.script_util import build_config, create_model, parse_flags
+from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
     TrainConfig,
-    build_config,
-    create_model,
-    parse_flags,
     resolve_precision,
 )
 from guided_diffusion.stop_signals import EXIT_UNFINISHED

@@ -85,7 +85,8 @@ def variants(device: torch.device, precisions: list[str]) -> dict[str, str]:
 def make_variant(key: str, data: Path, size: str, batch_size: int, device: torch.device, scratch: Path):
     """An object with `step()` and, after a step, `bytes_sent`."""
     from guided_diffusion.image_datasets import open_dataset
-    from guided_diffusion.script_util import DiffusionConfig, ModelConfig, build_config
+    from guided_diffusion.script_util import build_config
+    from guided_diffusion.settings import DiffusionConfig, ModelConfig
 
     model = build_config(ModelConfig, SIZES[size] | SETTINGS)
     diffusion = build_config(DiffusionConfig, SETTINGS)
@@ -107,7 +108,8 @@ class Engine:
         from guided_diffusion.dist_util import World
         from guided_diffusion.image_datasets import training_batches
         from guided_diffusion.logger import Logger
-        from guided_diffusion.script_util import TrainConfig, create_model
+        from guided_diffusion.script_util import create_model
+        from guided_diffusion.settings import TrainConfig
         from guided_diffusion.train_util import TrainLoop
 
         torch.manual_seed(0)

@@ -23,18 +23,9 @@ from .fp16_util import PRECISIONS
 from .host_memory import available_memory
 from .respace import SpacedDiffusion
 from .samplers import SAMPLERS, dynamic_thresholding, sample_loop
-from .script_util import (
-    ConfigError,
-    DiffusionConfig,
-    ModelConfig,
-    as_setting,
-    auto_choice,
-    build_config,
-    create_gaussian_diffusion,
-    create_model,
-    resolve_precision,
-)
+from .script_util import build_config, create_gaussian_diffusion, create_model
 from .seeding import ImageNoise, stable_seed, whole_number
+from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, auto_choice, resolve_precision
 from .spade import GuidedLayout, Layout
 from .unet import UNetModel
 from .validation import to_uint8

@@ -25,7 +25,7 @@ from .image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
 from .image_listing import some_names
 from .pictures import colorize, contact_sheet, save_png
 from .pipeline import Sampling, SDMPipeline, image_seed
-from .script_util import ConfigError, SampleConfig, binding_settings
+from .settings import ConfigError, SampleConfig, binding_settings
 from .stop_signals import StopSignals
 
 OVERVIEW_ROWS = 8

@@ -1,270 +1,21 @@
-"""Settings, the flags made from them, and the builders.
-
-A setting is one field of a dataclass below, with its help line; the flag, the default and the entry in the saved
-config follow from it.
-"""
+"""Flags and saved configs of the settings, and the builders of the network and its diffusion."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import numbers
-import operator
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .gaussian_diffusion import get_named_beta_schedule
-from .resample import SCHEDULE_SAMPLERS
 from .respace import SpacedDiffusion, space_timesteps, trailing_timesteps
+from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, str2bool
 from .unet import UNetModel
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, malformed, or contradicts another; the message names both values."""
-
-
-def setting(default: Any, help: str, *, binding: bool = False) -> Any:
-    """A dataclass field with its help line. `binding`: a checkpoint is only good for the value it was trained with."""
-    return dataclasses.field(default=default, metadata={"help": help, "binding": binding})
-
-
-@dataclass
-class ModelConfig:
-    """The network. Defaults are the traditional ones; see the scripts for the published settings."""
-
-    image_size: int = setting(
-        64, "side of the (square) training images; the short side where the aspect is kept", binding=True
-    )
-    num_classes: int = setting(
-        151, "label ids, with the one of unlabelled pixels; training takes the data set's", binding=True
-    )
-    num_channels: int = setting(128, "width of the network at full resolution", binding=True)
-    num_res_blocks: int = setting(2, "residual blocks per resolution", binding=True)
-    num_heads: int = setting(4, "attention heads, where num_head_channels is -1", binding=True)
-    num_heads_upsample: int = setting(-1, "attention heads in the decoder; -1: as in the encoder", binding=True)
-    num_head_channels: int = setting(-1, "channels per attention head; overrides num_heads", binding=True)
-    attention_resolutions: str = setting("16,8", "heights (for image_size) at which attention is placed", binding=True)
-    channel_mult: str = setting(
-        "", "width multipliers per resolution, as 1,2,2; empty: chosen by image_size", binding=True
-    )
-    dropout: float = setting(0.0, "dropout rate in the residual blocks")
-    class_cond: bool = setting(True, "condition on the layout; SDM always does")
-    use_checkpoint: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
-    use_scale_shift_norm: bool = setting(
-        True, "the timestep scales and shifts the norm, rather than being added", binding=True
-    )
-    resblock_updown: bool = setting(False, "resample inside residual blocks", binding=True)
-    use_fp16: bool = setting(False, "the same as --precision fp16")
-    use_new_attention_order: bool = setting(False, "q, k, v before heads in the attention's channels", binding=True)
-    no_instance: bool = setting(False, "no instance-edge channel, whatever the data offers", binding=True)
-
-    def layout_channels(self) -> int:
-        return self.num_classes + (not self.no_instance)
-
-    def multipliers(self) -> tuple[float, ...]:
-        """The width multipliers, from the flag or, as traditionally, from image_size."""
-        if self.channel_mult:
-            return tuple(_numbers("channel_mult", self.channel_mult, float))
-        by_size = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
-        if self.image_size not in by_size:
-            raise ConfigError(
-                f"image_size {self.image_size} has no traditional channel_mult (only {', '.join(map(str, by_size))} "
-                "have): give one, for example --channel_mult 1,2,2"
-            )
-        return by_size[self.image_size]
-
-    def attention_downsamplings(self) -> list[int]:
-        factors = []
-        for resolution in _numbers("attention_resolutions", self.attention_resolutions, int):
-            if resolution < 1:
-                raise ConfigError(f"attention_resolutions {self.attention_resolutions!r}: {resolution} is not a height")
-            if resolution <= self.image_size and self.image_size % resolution:
-                raise ConfigError(
-                    f"attention_resolutions {self.attention_resolutions!r}: {resolution} does not divide image_size "
-                    f"{self.image_size}, so that no layer has this height"
-                )
-            factors.append(self.image_size // resolution)
-        return factors
-
-
-@dataclass
-class DiffusionConfig:
-    """The diffusion process and its loss."""
-
-    learn_sigma: bool = setting(False, "the network also predicts the variance", binding=True)
-    diffusion_steps: int = setting(1000, "steps of the trained process", binding=True)
-    noise_schedule: str = setting("linear", "linear or cosine", binding=True)
-    timestep_respacing: str = setting("", "steps to sample with, as 250, 10,15,20 or ddim25; empty: all")
-    use_kl: bool = setting(False, "train on the variational bound alone")
-    predict_xstart: bool = setting(False, "the network predicts the image, not the noise", binding=True)
-    rescale_timesteps: bool = setting(False, "the network sees timesteps scaled to 0..1000", binding=True)
-    rescale_learned_sigmas: bool = setting(False, "scale the variance's loss term by diffusion_steps / 1000")
-    loss_weighting: str = setting("none", "none, or min_snr (arXiv 2303.09556)")
-
-
-@dataclass
-class DataConfig:
-    """Where images and layouts come from."""
-
-    data_dir: str = setting("", "folder (or gs://, az://, https:// address) of the data set")
-    dataset_mode: str = setting("ade20k", "ade20k, cityscapes, celeba, coco or custom")
-    num_workers: int = setting(2, "loader processes per rank")
-
-
-def auto_choice(name: str, value: object) -> str:
-    """The value of a flag that is auto, true or false, in lower case; True and False are welcome.
-
-    :raises ConfigError: any other value.
-    """
-    choice = str(value).lower()
-    if choice not in ("auto", "true", "false"):
-        raise ConfigError(f"{name} must be auto, true or false; got {value!r}")
-    return choice
-
-
-@dataclass
-class TrainConfig:
-    """Training."""
-
-    logdir: str = setting("", "where everything goes; default: the environment's OPENAI_LOGDIR, else OUTPUT/run")
-    resume_checkpoint: str = setting(
-        "", "weights to start from: model.pt begins a new run (fine-tuning), a numbered file continues"
-    )
-    batch_size: int = setting(1, "images per rank and step")
-    microbatch: int = setting(-1, "images per forward pass, gradients being accumulated; -1: batch_size")
-    lr: float = setting(1e-4, "learning rate")
-    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
-    lr_anneal_steps: int = setting(0, "steps over which it falls to 0, where training ends; 0: it stays")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
-    ema_rate: str = setting("0.9999", "rates of the averaged weights, as 0.999,0.9999")
-    drop_rate: float = setting(0.0, "share of samples whose layout is dropped, for guidance")
-    schedule_sampler: str = setting("uniform", "timesteps to train on: uniform or loss-second-moment")
-    max_steps: int = setting(0, "steps after which training ends; 0: until interrupted")
-    seed: int = setting(0, "of initial weights, data order, crops, noise and label drop")
-    precision: str = setting("", "fp32, fp16 or bf16; empty: the checkpoint's, or fp16 with use_fp16, else fp32")
-    fp16_scale_growth: float = setting(1e-3, "growth of log2 of the loss scale per step in fp16")
-    max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
-    max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops")
-    layout_lookup: str = setting(
-        "auto", "SPADE's maps once for each neighbourhood of labels: auto (on a CPU, not compiled), true or false"
-    )
-    compile: bool = setting(
-        False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it"
-    )
-    shard_optimizer: bool = setting(False, "spread the optimizer's state over the ranks")
-    log_interval: int = setting(10, "steps between rows of figures")
-    save_interval: int = setting(10000, "steps between checkpoints; each also measures the validation loss")
-    keep_checkpoints: int = setting(
-        0, "numbered checkpoints to keep, newest first, besides model.pt and the best; 0: all"
-    )
-    val_images: int = setting(64, "validation images, with fixed timesteps and noise, whose loss decides the best EMA")
-    sample_interval: int = setting(0, "steps between preview pages; 0: none")
-    tensorboard: bool = setting(False, "also write TensorBoard files")
-    random_crop: bool = setting(True, "train on random crops; else on centre crops")
-    random_flip: bool = setting(True, "mirror half of the training images")
-    scale_jitter: float = setting(0.0, "training images are enlarged by up to this fraction more before the crop")
-    skip_bad: bool = setting(False, "pass over unreadable files, counting them, instead of stopping")
-    class_balance: bool = setting(False, "draw images with rare classes more often")
-
-    def ema_rates(self) -> list[str]:
-        """The rates as they were written: they are part of file names."""
-        rates = [rate.strip() for rate in self.ema_rate.split(",")]
-        if not self.ema_rate.strip() or len(set(rates)) < len(rates):
-            raise ConfigError(f"ema_rate {self.ema_rate!r} must be one or more different rates, as 0.999,0.9999")
-        for rate, value in zip(rates, _numbers("ema_rate", self.ema_rate, float), strict=True):
-            if not 0 <= value < 1:
-                raise ConfigError(f"ema_rate {rate} is not in [0, 1)")
-        return rates
-
-    def check(self) -> None:
-        """:raises ConfigError: a value out of its range."""
-        self.ema_rates()
-        resolve_precision(self.precision, False)
-        at_least = dict(batch_size=1, max_steps=0, log_interval=1, save_interval=1, max_bad_steps=1, warmup_steps=0)
-        at_least |= dict(lr=0.0, weight_decay=0.0, lr_anneal_steps=0, sample_interval=0, keep_checkpoints=0)
-        at_least |= dict(val_images=0, max_grad_norm=0)
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if self.schedule_sampler not in SCHEDULE_SAMPLERS:
-            raise ConfigError(
-                f"unknown schedule_sampler {self.schedule_sampler!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}"
-            )
-        if self.seed < 0 or not 0 <= self.scale_jitter < math.inf:
-            raise ConfigError(f"seed ({self.seed}) and scale_jitter ({self.scale_jitter}) must not be negative")
-        if not 0 <= self.drop_rate <= 1:
-            raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
-        if self.microbatch == 0 or self.microbatch < -1:
-            raise ConfigError(f"microbatch must be -1 or at least 1; got {self.microbatch}")
-        if auto_choice("layout_lookup", self.layout_lookup) == "true" and self.compile:
-            raise ConfigError("layout_lookup true cannot be compiled: leave out --layout_lookup or --compile")
-
-    def looks_layouts_up(self, device_type: str) -> bool:
-        """Whether training on that kind of device looks layouts up (see `label_layout`)."""
-        choice = auto_choice("layout_lookup", self.layout_lookup)
-        # Not timed on a GPU yet. Compiled: what is looked up has other shapes in every step, each to be compiled anew.
-        return choice == "true" or (choice == "auto" and device_type == "cpu" and not self.compile)
-
-
-@dataclass
-class SampleConfig:
-    """Sampling."""
-
-    model_path: str = setting("", "the checkpoint: an ema or model file; flags are read from config.json beside it")
-    results_path: str = setting("RESULTS", "folder for images/, labels/, samples/ and the overview")
-    labels_dir: str = setting("", "sample from the label maps in this folder alone, without photographs")
-    split: str = setting("val", "split whose layouts are sampled: val (or what the data set calls it), test or train")
-    num_samples: int = setting(10000, "layouts to sample at most")
-    samples_per_layout: int = setting(1, "images per layout; more than one go to samples_00/, samples_01/, ...")
-    batch_size: int = setting(16, "images at a time and rank")
-    s: float = setting(1.0, "guidance scale; 1 or less: no guidance")
-    guidance_interval: str = setting("0,1", "LOW,HIGH: part of the trajectory that is guided, 0 the noise, 1 the image")
-    sampler: str = setting("", "ddpm, ddim or dpmsolver++; empty: ddim with use_ddim, else ddpm")
-    num_steps: int = setting(0, "steps, evenly spaced from the noisiest; 0: as timestep_respacing says")
-    use_ddim: bool = setting(False, "the same as --sampler ddim")
-    eta: float = setting(0.0, "randomness of ddim: 0 none, 1 that of ddpm")
-    clip_denoised: bool = setting(True, "clip the predicted image to [-1, 1] in every step")
-    dynamic_threshold: float = setting(0.0, "Imagen's dynamic thresholding at this quantile, as 0.995; 0: off")
-    seed: int = setting(0, "with the layout's name and the sample's index, the seed of each image")
-    precision: str = setting("", "fp32, fp16 or bf16; empty: fp16 with use_fp16, else fp32")
-    keep_modulations: str = setting(
-        "auto", "keep each layout's SPADE maps for all steps: auto (if memory allows), true or false"
-    )
-    compile: bool = setting(
-        False, "torch.compile the network: minutes to start; sampling on a CPU is no faster with it"
-    )
-    overwrite: bool = setting(False, "make images again that are there already")
-
-    def check(self) -> None:
-        """:raises ConfigError: a value out of its range."""
-        if not math.isfinite(self.s):
-            raise ConfigError(f"s must be a number; got {self.s}")
-        if not self.results_path:
-            raise ConfigError("results_path is empty; name a folder for the results")
-        if not self.model_path:
-            raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
-        for name in ("num_samples", "samples_per_layout", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
-
 
 Config = TypeVar("Config")
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
-
-
-def str2bool(text: str | bool) -> bool:
-    """True/False, yes/no, 1/0, as the traditional flags are written. :raises ArgumentTypeError: anything else."""
-    lowered = str(text).lower()
-    if lowered in ("true", "yes", "t", "y", "1"):
-        return True
-    if lowered in ("false", "no", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
 
 
 def parse_flags(classes: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> dict[str, Any]:
@@ -312,35 +63,6 @@ def build_config(
     return config
 
 
-def as_setting(name: str, default: Any, value: Any) -> Any:
-    """`value` in the type of its default: "32" is 32, (1, 2) is "1,2". :raises ConfigError: it has no clear meaning."""
-    kind = type(default)
-    try:
-        if kind is bool:
-            return str2bool(value)
-        if kind is str:
-            if isinstance(value, (str, os.PathLike)):
-                return os.fspath(value)
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            if all(isinstance(part, numbers.Real) for part in parts):  # but not None: it would become a name
-                return ",".join(map(str, parts))
-        elif kind is float:
-            return float(value)
-        elif isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
-            return int(value)
-        elif not isinstance(value, bool):
-            return operator.index(value)
-    except (TypeError, ValueError, argparse.ArgumentTypeError):
-        pass
-    wanted = {bool: "True or False", str: "text or numbers", float: "a number", int: "a whole number"}[kind]
-    raise ConfigError(f"{name} must be {wanted}; got {value!r} ({type(value).__name__})")
-
-
-def binding_settings(config: Any) -> dict[str, Any]:
-    """The settings that a checkpoint is bound to, by name."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["binding"]}
-
-
 def _comparable(config: Any, name: str) -> Any:
     """The meaning of a value: two spellings of one network are no contradiction."""
     if name == "channel_mult":
@@ -348,22 +70,6 @@ def _comparable(config: Any, name: str) -> Any:
     if name == "attention_resolutions":
         return sorted(config.attention_downsamplings())
     return getattr(config, name)
-
-
-def _numbers(name: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise ConfigError(f"{name} {text!r} is not a list of numbers like 1,2,4") from None
-
-
-def resolve_precision(precision: str, use_fp16: bool) -> str:
-    """:raises ConfigError: an unknown precision, or one that contradicts use_fp16."""
-    if precision not in ("", "fp32", "fp16", "bf16"):
-        raise ConfigError(f"unknown precision {precision!r}: choose fp32, fp16 or bf16")
-    if use_fp16 and precision not in ("", "fp16"):
-        raise ConfigError(f"--use_fp16 True contradicts --precision {precision}")
-    return precision or ("fp16" if use_fp16 else "fp32")
 
 
 # -- builders ---------------------------------------------------------------------------------------------------------

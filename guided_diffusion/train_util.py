@@ -25,8 +25,9 @@ from .nn import update_ema
 from .pictures import save_png
 from .resample import create_schedule_sampler
 from .resume import Start, changed_settings, check_base, collect_sharded_state, find_start, load_optimizer_state, to_cpu
-from .script_util import ConfigError, DiffusionConfig, TrainConfig, create_gaussian_diffusion, resolve_precision
+from .script_util import create_gaussian_diffusion
 from .seeding import normals, stable_seed, uniforms
+from .settings import ConfigError, DiffusionConfig, TrainConfig, resolve_precision
 from .stop_signals import StopSignals
 from .unet import UNetModel
 from .validation import PREVIEW_SCALE, Validation, ValidationFailed, preview_page, to_network

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .dataset_specs import MissingSplitError
 from .image_datasets import LayoutDataset, open_dataset
-from .script_util import ConfigError, DataConfig, ModelConfig, TrainConfig
+from .settings import ConfigError, DataConfig, ModelConfig, TrainConfig
 
 
 def open_splits(

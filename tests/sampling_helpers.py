@@ -12,7 +12,8 @@ import torch
 from golden_helpers import load_formula_weights
 
 from guided_diffusion import checkpoints
-from guided_diffusion.script_util import DataConfig, DiffusionConfig, ModelConfig, create_model
+from guided_diffusion.script_util import create_model
+from guided_diffusion.settings import DataConfig, DiffusionConfig, ModelConfig
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(

@@ -27,11 +27,12 @@ ALLOWED = {
     "unet": {"nn", "spade"},
     "gaussian_diffusion": {"nn", "losses", "samplers"},
     "respace": {"gaussian_diffusion"},
-    "script_util": {"gaussian_diffusion", "resample", "respace", "unet"},
+    "settings": {"resample"},
+    "script_util": {"gaussian_diffusion", "respace", "settings", "unet"},
 }
 PURE = {
     "nn", "losses", "conditioning", "samplers", "spade", "label_layout", "unet", "gaussian_diffusion", "respace",
-    "resample",
+    "resample", "settings",
 }  # fmt: skip
 IMPURE = {"mpi4py", "PIL", "blobfile", "logging", "torch.distributed", "guided_diffusion.logger"}
 

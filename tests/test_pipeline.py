@@ -14,7 +14,8 @@ from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 
 from guided_diffusion import checkpoints
 from guided_diffusion.pipeline import Sampling, SDMPipeline, image_seed
-from guided_diffusion.script_util import ConfigError, ModelConfig, create_model_and_diffusion
+from guided_diffusion.script_util import create_model_and_diffusion
+from guided_diffusion.settings import ConfigError, ModelConfig
 
 
 @pytest.fixture(scope="module")

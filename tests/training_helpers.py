@@ -17,7 +17,8 @@ from data_helpers import write_custom
 from guided_diffusion.dist_util import World
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.logger import Logger
-from guided_diffusion.script_util import DataConfig, DiffusionConfig, ModelConfig, TrainConfig, create_model
+from guided_diffusion.script_util import create_model
+from guided_diffusion.settings import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from guided_diffusion.train_util import TrainLoop
 
 ROOT = Path(__file__).resolve().parents[1]
