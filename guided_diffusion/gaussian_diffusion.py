@@ -49,6 +49,8 @@ class GaussianDiffusion:
 
     :param betas: float64 [T].
     :param predict_xstart: the network predicts x_0, not the noise.
+    :param predict_v: it predicts the velocity sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, arXiv
+        2202.00512, appendix D).
     :param learn_sigma: its output has 2C channels; the second half interpolates the log-variance between its bounds.
     :param use_kl: the loss is the variational bound alone; else the (hybrid) mean squared error.
     :param rescale_learned_sigmas: the bound's term in the hybrid loss is scaled by T / 1000.
@@ -64,6 +66,7 @@ class GaussianDiffusion:
         *,
         betas: np.ndarray,
         predict_xstart: bool = False,
+        predict_v: bool = False,
         learn_sigma: bool = False,
         use_kl: bool = False,
         rescale_learned_sigmas: bool = False,
@@ -77,7 +80,10 @@ class GaussianDiffusion:
             raise ValueError(f"betas must be one row of numbers above 0 and below 1; got {got}")
         if loss_weighting not in ("none", "min_snr"):
             raise ValueError(f"unknown loss_weighting {loss_weighting!r}: choose none or min_snr")
+        if predict_xstart and predict_v:
+            raise ValueError("predict_xstart and predict_v exclude each other: the network predicts one thing")
         self.predict_xstart = predict_xstart
+        self.predict_v = predict_v
         self.learn_sigma = learn_sigma
         self.use_kl = use_kl
         self.rescale_learned_sigmas = rescale_learned_sigmas
@@ -105,10 +111,11 @@ class GaussianDiffusion:
         # Without a learned variance: beta, but the posterior's value at the first step.
         self.fixed_log_variance = np.log(np.append(first, betas[1:]))
         snr = self.alphas_cumprod / np.maximum(1.0 - self.alphas_cumprod, 1e-20)
-        weight = np.minimum(snr, min_snr_gamma) if loss_weighting == "min_snr" else snr
-        self.loss_weights = (
-            np.ones_like(snr) if loss_weighting == "none" else (weight if predict_xstart else weight / snr)
-        )
+        self.loss_weights = np.ones_like(snr)
+        if loss_weighting == "min_snr":
+            # The squared error of x_0 is that of the noise over SNR, and that of the velocity over SNR + 1.
+            of_prediction = 1.0 if predict_xstart else snr + 1 if predict_v else snr
+            self.loss_weights = np.minimum(snr, min_snr_gamma) / of_prediction
         self._on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     # -- tables -------------------------------------------------------------------------------------------------------
@@ -205,6 +212,8 @@ class GaussianDiffusion:
             log_variance = self._at("fixed_log_variance", t).expand_as(x)
         if self.predict_xstart:
             pred_xstart = output
+        elif self.predict_v:
+            pred_xstart = self._at("sqrt_alphas_cumprod", t) * x - self._at("sqrt_one_minus_alphas_cumprod", t) * output
         else:
             pred_xstart = (
                 self._at("sqrt_recip_alphas_cumprod", t) * x - self._at("sqrt_recipm1_alphas_cumprod", t) * output
@@ -288,7 +297,12 @@ class GaussianDiffusion:
             return {"loss": self._bound_term(output, x_start, x_t, t) * self.num_timesteps}
         channels = x_start.shape[1]
         prediction = output[:, :channels]
-        target = x_start if self.predict_xstart else noise
+        if self.predict_xstart:
+            target = x_start
+        elif self.predict_v:
+            target = self._at("sqrt_alphas_cumprod", t) * noise - self._at("sqrt_one_minus_alphas_cumprod", t) * x_start
+        else:
+            target = noise
         terms = {"mse": mean_flat((target - prediction) ** 2)}
         terms["loss"] = terms["mse"] * self._at("loss_weights", t).flatten()
         if self.learn_sigma:

@@ -126,6 +126,7 @@ def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> Sp
             timesteps,
             betas=betas,
             predict_xstart=config.predict_xstart,
+            predict_v=config.predict_v,
             learn_sigma=config.learn_sigma,
             use_kl=config.use_kl,
             rescale_learned_sigmas=config.rescale_learned_sigmas,

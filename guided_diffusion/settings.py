@@ -95,6 +95,7 @@ class DiffusionConfig:
     timestep_respacing: str = setting("", "steps to sample with, as 250, 10,15,20 or ddim25; empty: all")
     use_kl: bool = setting(False, "train on the variational bound alone")
     predict_xstart: bool = setting(False, "the network predicts the image, not the noise", binding=True)
+    predict_v: bool = setting(False, "it predicts the velocity, between both (arXiv 2202.00512)", binding=True)
     rescale_timesteps: bool = setting(False, "the network sees timesteps scaled to 0..1000", binding=True)
     rescale_learned_sigmas: bool = setting(False, "scale the variance's loss term by diffusion_steps / 1000")
     loss_weighting: str = setting("none", "none, or min_snr (arXiv 2303.09556)")

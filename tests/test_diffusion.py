@@ -11,8 +11,9 @@ import torch
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps, trailing_timesteps
 from guided_diffusion.samplers import SAMPLERS, dynamic_thresholding, sample_loop
-from guided_diffusion.script_util import ConfigError, DiffusionConfig, create_gaussian_diffusion
+from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.seeding import ImageNoise
+from guided_diffusion.settings import ConfigError, DiffusionConfig
 
 STEPS = 1000
 MEAN = np.array([0.3, -0.5, 0.1])
@@ -114,13 +115,18 @@ def test_error_falls_at_the_solvers_order(sampler, order, variance):
 SCHEDULERS = [("ddim", 0.0), ("ddim", 0.7), ("dpmsolver++", 0.0), ("ddpm", 0.0)]
 
 
+PREDICTIONS = {"epsilon": {}, "sample": {"predict_xstart": True}, "v_prediction": {"predict_v": True}}
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [1, 2, 8, 20])  # divisors of 1000: diffusers' DDIM rounds its strides otherwise
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("sampler,eta", SCHEDULERS)
-def test_same_trajectory_as_diffusers(sampler, eta, clip, steps):
+def test_same_trajectory_as_diffusers(sampler, eta, clip, steps, prediction):
     """Step by step, with the same noise, on a denoiser that is neither linear nor right."""
     schedulers = pytest.importorskip("diffusers.schedulers")
     common = dict(num_train_timesteps=STEPS, beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
+    common["prediction_type"] = prediction
     if sampler == "ddim":
         scheduler = schedulers.DDIMScheduler(clip_sample=clip, set_alpha_to_one=True, **common)
     elif sampler == "ddpm":
@@ -145,7 +151,7 @@ def test_same_trajectory_as_diffusers(sampler, eta, clip, steps):
     timesteps = scheduler.timesteps.tolist()[::-1]
     if sampler != "ddpm":
         assert timesteps == trailing_timesteps(STEPS, steps)
-    diffusion = linear(timesteps)
+    diffusion = linear(timesteps, **PREDICTIONS[prediction])
     x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(4))
     # one stream of noise for both: theirs is drawn inside step()
     theirs, ours = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
@@ -212,19 +218,48 @@ def test_dynamic_thresholding():
         dynamic_thresholding(1.5)
 
 
-def test_min_snr_weights():
-    """min(SNR, 5) in units of the x_0 error, so min(SNR, 5) / SNR for the noise (arXiv 2303.09556, section 3.4)."""
-    betas = get_named_beta_schedule("linear", STEPS)
-    alpha_bar = np.cumprod(1 - betas)
-    snr = alpha_bar / (1 - alpha_bar)
-    noise = GaussianDiffusion(betas=betas, loss_weighting="min_snr")
-    image = GaussianDiffusion(betas=betas, loss_weighting="min_snr", predict_xstart=True)
-    np.testing.assert_allclose(noise.loss_weights, np.minimum(snr, 5) / snr, rtol=1e-9)
-    np.testing.assert_allclose(image.loss_weights, np.minimum(snr, 5), rtol=1e-9)
-    t = torch.tensor([5, 900])
-    x = torch.randn(2, 3, 4, 4)
-    terms = noise.training_losses(lambda x, t: torch.zeros_like(x), x, t)
-    torch.testing.assert_close(terms["loss"], terms["mse"] * torch.from_numpy(noise.loss_weights)[t].float())
+@pytest.mark.parametrize("settings", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_each_prediction_is_of_one_image(settings):
+    """What each kind of network is trained towards, seen as an image, is x_0; guidance means the same for each."""
+    diffusion = linear(**settings)
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = torch.randn(2, 4, 3, 8, 8, generator=generator)
+    t = torch.tensor([0, 100, 500, 999])
+    terms = diffusion.training_losses(lambda x, t: torch.zeros_like(x), x_start, t, noise=noise)
+    alpha_bar = torch.from_numpy(diffusion.alphas_cumprod)[t].float().view(-1, 1, 1, 1)
+    target = {
+        "epsilon": noise,
+        "sample": x_start,
+        "v_prediction": alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_start,
+    }[next(name for name, value in PREDICTIONS.items() if value == settings)]
+    torch.testing.assert_close(terms["mse"], (target**2).mean(dim=(1, 2, 3)))
+    exact = diffusion.training_losses(lambda x, t: target, x_start, t, noise=noise)
+    torch.testing.assert_close(exact["loss"], torch.zeros(4), atol=1e-10, rtol=0)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    p = diffusion.p_mean_variance(lambda x, t: target, x_t, t, clip_denoised=False)
+    # at the last step the noise is 157 times the image, and float32 has 7 digits
+    torch.testing.assert_close(p["pred_xstart"], x_start, rtol=0, atol=5e-4)
+
+
+def test_a_network_predicts_one_thing():
+    with pytest.raises(ConfigError, match="predict_xstart and predict_v exclude each other"):
+        create_gaussian_diffusion(DiffusionConfig(predict_xstart=True, predict_v=True))
+
+
+@pytest.mark.parametrize("settings", PREDICTIONS.values(), ids=PREDICTIONS)
+def test_min_snr_weights(settings):
+    """Whatever is predicted, the squared error of x_0 weighs min(SNR, 5) (arXiv 2303.09556, section 3.4)."""
+    diffusion = linear(loss_weighting="min_snr", **settings)
+    generator = torch.Generator().manual_seed(0)
+    x_start, noise = torch.randn(2, 3, 3, 8, 8, generator=generator)
+    t = torch.tensor([100, 300, 600])
+    snr = torch.from_numpy(diffusion.alphas_cumprod / (1 - diffusion.alphas_cumprod))[t].float()
+    output = torch.randn(x_start.shape, generator=generator)
+    terms = diffusion.training_losses(lambda x, t: output, x_start, t, noise=noise)
+    x_t = diffusion.q_sample(x_start, t, noise)
+    p = diffusion.p_mean_variance(lambda x, t: output, x_t, t, clip_denoised=False)
+    error = ((p["pred_xstart"] - x_start) ** 2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(terms["loss"], snr.clamp(max=5) * error, rtol=1e-3, atol=0)
 
 
 def test_image_noise_does_not_depend_on_the_batch():

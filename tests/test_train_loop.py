@@ -12,11 +12,10 @@ import torch
 from training_helpers import differing, make_data, make_loop, state_of
 
 from guided_diffusion import checkpoints
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.image_datasets import DataError, training_batches
 from guided_diffusion.label_layout import LabelLayout
-from guided_diffusion.script_util import ConfigError
 from guided_diffusion.seeding import normals, stable_seed
+from guided_diffusion.settings import ConfigError
 from guided_diffusion.train_util import TrainingDiverged
 
 
@@ -150,20 +149,6 @@ def test_the_validation_loss_is_that_of_the_definition(data, tmp_path):
     assert loss == pytest.approx(float((noise**2).mean()), rel=1e-6)
     assert loop.model.training
     assert all(torch.equal(value, before[name]) for name, value in loop.model.state_dict().items())
-
-
-def test_min_snr_weights():
-    """Equation of section 3.4 of arXiv 2303.09556: min(SNR, 5) for x_0, min(SNR, 5) / SNR for the noise."""
-    betas = get_named_beta_schedule("linear", 1000)
-    alpha_bar = np.cumprod(1 - betas)
-    snr = alpha_bar / (1 - alpha_bar)
-    x_start, noise, t = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0, 100, 300, 999])
-    for predict_xstart, expected in ((False, np.minimum(snr, 5) / snr), (True, np.minimum(snr, 5))):
-        diffusion = GaussianDiffusion(betas=betas, predict_xstart=predict_xstart, loss_weighting="min_snr")
-        terms = diffusion.training_losses(lambda x, t: torch.zeros_like(x), x_start, t, noise=noise)
-        error = ((x_start if predict_xstart else noise) ** 2).mean(dim=(1, 2, 3)).double().numpy()
-        np.testing.assert_allclose(terms["loss"], error * expected[t.numpy()], rtol=1e-5)  # float32 tables
-        np.testing.assert_allclose(terms["mse"], error, rtol=1e-5)
 
 
 def test_learning_rate_warms_up_and_anneals(data, tmp_path):
