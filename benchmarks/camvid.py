@@ -6,6 +6,7 @@ Reads the checkpoints and samples in OUT, makes the samples of the comparison in
 again), and writes OUT/figures.json, the tables OUT/figures.md and the plot OUT/quality.png. FID and LPIPS are scored
 where their networks' weights can be had. mIoU, pixel accuracy, feature distance and feature diversity are by the
 network of benchmarks/segmenter.py, trained on the same photographs: they compare rows of one table, nothing else.
+Detail is the samples' finest contrast over the photographs'.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def feature_score(results: Path, args: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, "benchmarks/segmenter.py", "score", results, "--segmenter", args.out / "segmenter.pt"]
     run([*command, "--json", report], stdout=subprocess.DEVNULL)
     scores = json.loads(report.read_text())
-    return {key: value for key, value in scores.items() if key.startswith("feature_")}
+    return {key: value for key, value in scores.items() if key.startswith(("feature_", "detail"))}
 
 
 def published_score(command: list, report: Path) -> float | None:
@@ -186,19 +187,19 @@ def compare(args: argparse.Namespace) -> list[dict]:
 def tables(figures: dict) -> str:
     """The figures as Markdown."""
     scores = figures["scores"]
-    lines = ["| | layouts | mIoU | pixel accuracy | feature distance | FID |", "|---|---|---|---|---|---|"]
+    lines = ["| | layouts | mIoU | pixel accuracy | feature distance | detail | FID |", "|---|---|---|---|---|---|---|"]
     for split in ("val", "test"):
         row = scores[split]
         fid = "weights not at hand" if row["fid"] is None else f"{row['fid']:.1f}"
         lines.append(
             f"| samples, {split} | {row['layouts']} | {row['miou']:.1f} | {row['pixel_accuracy']:.1f} | "
-            f"{row['feature_distance']:.3f} | {fid} |"
+            f"{row['feature_distance']:.3f} | {row['detail']:.2f} | {fid} |"
         )
         real = row["photographs"]
         distance = f"{scores['photographs_val_and_test']['feature_distance']:.3f} (val against test)"
         lines.append(
             f"| photographs, {split} | {row['layouts']} | {real['miou']:.1f} | {real['pixel_accuracy']:.1f} | "
-            f"{distance if split == 'val' else ''} | |"
+            f"{distance if split == 'val' else ''} | 1 | |"
         )
     several = scores["several"]
     lpips = "weights not at hand" if several["lpips"] is None else f"{several['lpips']:.3f}"
@@ -208,14 +209,15 @@ def tables(figures: dict) -> str:
         f"{several['feature_diversity_of_other_scenes']:.4f} (features of the segmentation network). LPIPS: {lpips}.",
     ]
     default = next(r for r in figures["rows"] if r["name"] == "s = 1.5")["seconds_per_image"]
-    lines += ["", "| | | mIoU | pixel accuracy | feature distance | time per image |", "|---|---|---|---|---|---|"]
+    lines += ["", "| | | mIoU | pixel accuracy | feature distance | detail | time per image |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     before = ""
     for row in figures["rows"]:
         time = f"{row['seconds_per_image'] / default:.2f}"
         time += f" ({row['seconds_per_image']:.3f} s)" if figures["device"] != "cpu" else ""
         lines.append(
             f"| {row['group'] if row['group'] != before else ''} | {row['name']} | {row['miou']:.1f} | "
-            f"{row['pixel_accuracy']:.1f} | {row['feature_distance']:.3f} | {time} |"
+            f"{row['pixel_accuracy']:.1f} | {row['feature_distance']:.3f} | {row['detail']:.2f} | {time} |"
         )
         before = row["group"]
     return "\n".join(lines) + "\n"

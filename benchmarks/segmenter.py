@@ -7,7 +7,8 @@
 evaluations/miou.py takes as its --segmenter. `score` uses its features: `feature distance` is the Frechet distance
 between photographs and samples (what FID measures on Inception's features: not comparable with any FID), and `feature
 diversity` the mean distance between samples of one layout in `samples_00/`, `samples_01/` ... (LPIPS's formula without
-its learned weights: not comparable with any LPIPS).
+its learned weights: not comparable with any LPIPS). `detail` needs no network: the contrast of the finest detail in the
+samples over that in the photographs, below 1 where samples are blurred.
 """
 
 from __future__ import annotations
@@ -159,6 +160,15 @@ def pooled(network: torch.jit.ScriptModule, paths: list[Path], device: torch.dev
     return statistics
 
 
+def finest_contrast(paths: list[Path]) -> float:
+    """Root mean square, over all pictures, of a pixel's difference from the mean of the 3x3 pixels around it."""
+    squares = []
+    for path in paths:
+        image = load_images([path]).float()
+        squares.append(float((image[:, :, 1:-1, 1:-1] - F.avg_pool2d(image, 3, stride=1)).square().mean()))
+    return float(np.sqrt(np.mean(squares)))
+
+
 def unit(features: torch.Tensor) -> torch.Tensor:
     """Features [N, C, H, W] with unit length along the channels (arXiv 1801.03924, equation 1)."""
     return features / (features.norm(dim=1, keepdim=True) + 1e-10)
@@ -193,13 +203,14 @@ def score(args: argparse.Namespace) -> None:
         raise SystemExit(
             f"error: {args.results} needs images/ and samples/ (or samples_00/ ...): name a results folder"
         )
-    real = pooled(network, list_images(args.results / "images"), device)
-    fake = pooled(network, list_images(folders[0]), device)
+    photographs, samples = list_images(args.results / "images"), list_images(folders[0])
+    real, fake = pooled(network, photographs, device), pooled(network, samples, device)
     figures = {
         "note": "features of a segmentation network trained here: no FID, no LPIPS, comparable within one table only",
         "photographs": real.count,
         "samples": fake.count,
         "feature_distance": frechet_distance(*real.result(), *fake.result()),
+        "detail": finest_contrast(samples) / max(finest_contrast(photographs), 1e-10),
     }
     if len(folders) > 1:
         figures |= {"samples_per_layout": len(folders), "feature_diversity": diversity(network, folders, device)}
@@ -224,7 +235,7 @@ def main() -> None:
     training.add_argument("--num_workers", type=int, default=1)
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=train)
-    scoring = commands.add_parser("score", help="feature distance and diversity of a results folder")
+    scoring = commands.add_parser("score", help="feature distance, diversity and detail of a results folder")
     scoring.add_argument("results", type=Path)
     scoring.add_argument("--segmenter", type=Path, required=True)
     scoring.add_argument("--json", type=Path)

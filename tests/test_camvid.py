@@ -107,20 +107,25 @@ def test_the_segmenter_learns_and_its_file_needs_no_code(trained):
 
 
 def test_feature_scores_at_their_ends(trained, tmp_path, monkeypatch):
-    """Equal pictures have distance and diversity 0; noise is farther than a slight change."""
+    """Equal pictures have distance and diversity 0 and all the detail; noise is farther than a slight change."""
     real = photographs(trained)
     rng = np.random.default_rng(0)
+    bright = [255 - (255 - picture) // 2 for picture in real]  # half the contrast
     dark = [(picture * 0.9).astype(np.uint8) for picture in real]
     noise = [rng.integers(0, 256, picture.shape, dtype=np.uint8) for picture in real]
     same = results_of(tmp_path / "same", {"images": real, "samples_00": real, "samples_01": real})
     scores = score(trained, same, monkeypatch)
     assert scores["feature_distance"] == pytest.approx(0, abs=1e-6)
     assert scores["feature_diversity"] == pytest.approx(0, abs=1e-9)
+    assert scores["detail"] == 1
     near, far = (
         score(trained, results_of(tmp_path / name, {"images": real, "samples": other}), monkeypatch)
         for name, other in (("dark", dark), ("noise", noise))
     )
     assert 0 < near["feature_distance"] < far["feature_distance"]
+    assert far["detail"] > 1.5
+    half = score(trained, results_of(tmp_path / "half", {"images": real, "samples": bright}), monkeypatch)
+    assert half["detail"] == pytest.approx(0.5, abs=0.01)  # but for rounding
     two = results_of(tmp_path / "two", {"images": real, "samples_00": real, "samples_01": noise})
     assert score(trained, two, monkeypatch)["feature_diversity"] > 0.1
 
@@ -140,7 +145,7 @@ def test_rows_and_tables():
     folders = {row.folder: (row.checkpoint, row.s, row.sampler, row.steps, row.subset) for row in rows}
     assert len(folders) == len(set(folders.values()))  # a folder for each setting, and one setting for each
     real = {"miou": 50.0, "pixel_accuracy": 80.0}
-    of_split = {**real, "layouts": 2, "feature_distance": 1.0, "fid": None, "photographs": real}
+    of_split = {**real, "layouts": 2, "feature_distance": 1.0, "detail": 0.9, "fid": None, "photographs": real}
     figures = {
         "device": "cpu",
         "scores": {
@@ -149,12 +154,9 @@ def test_rows_and_tables():
             "several": {"feature_diversity": 0.1, "feature_diversity_of_other_scenes": 0.2, "lpips": None},
             "photographs_val_and_test": {"feature_distance": 0.5},
         },
-        "rows": [
-            {"group": r.group, "name": r.name, **real, "feature_distance": 1.0, "seconds_per_image": r.steps / 20}
-            for r in rows
-        ],
+        "rows": [{"group": r.group, "name": r.name, **of_split, "seconds_per_image": r.steps / 20} for r in rows],
     }
     text = camvid.tables(figures)
-    assert "| samples, test | 2 | 50.0 | 80.0 | 1.000 | 12.3 |" in text
-    assert "|  | ddpm, 1000 | 50.0 | 80.0 | 1.000 | 50.00 |" in text
+    assert "| samples, test | 2 | 50.0 | 80.0 | 1.000 | 0.90 | 12.3 |" in text
+    assert "|  | ddpm, 1000 | 50.0 | 80.0 | 1.000 | 0.90 | 50.00 |" in text
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 6 + 2 + len(rows)
