@@ -4,7 +4,8 @@
 #   CAMVID=path/to/CamVid SIZE=gpu bash scripts/camvid.sh   192x144 pixels; made for one H100 (not run yet)
 # CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT
 # (OUTPUT/camvid-cpu or OUTPUT/camvid-gpu).
-# Started again, it goes on where it was. STEPS and RANKS change the length of training and the number of processes.
+# Started again, it goes on where it was. STEPS and RANKS change the length of training and the number of processes, PREDICT
+# what the network predicts: v, the velocity; xstart, the image; or eps, the noise, as published.
 camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; the README says where it comes from}")
 source "$(dirname "$0")/common.sh"
 use_environment mpi,plots
@@ -21,6 +22,11 @@ case $size in
     batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;
   *) echo "error: SIZE is $size; choose cpu or gpu" >&2; exit 2 ;;
 esac
+case ${PREDICT:-v} in
+  v | xstart) prediction=(--predict_"${PREDICT:-v}" True) ;;
+  eps) prediction=(--predict_v False) ;;
+  *) echo "error: PREDICT is $PREDICT; choose v, xstart or eps" >&2; exit 2 ;;
+esac
 if ((steps % 24)); then echo "error: STEPS is $steps; give a multiple of 24 (its 4th, 6th and 8th part are used)" >&2; exit 2; fi
 interval=$((steps / 8))                            # a save falls on a quarter of the steps, which is compared
 launcher=$([ "$ranks" = 1 ] || echo mpiexec -n "$ranks") # one process needs no MPI
@@ -30,9 +36,9 @@ python scripts/prepare_camvid.py --source "$camvid" --out "$data"
 python scripts/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 6
 
 # As published but for the size, and for two flags: a short training learns the velocity sooner than the noise, and with
-# more detail than the image; and no variance, which the solver used here does not need.
+# more detail than the image; and it learns no variance, which the solver used here does not need.
 model=(--data_dir "$data" --dataset_mode custom --no_instance True --class_cond True --image_size "$pixels" "${network[@]}"
-  --resblock_updown True --use_scale_shift_norm True --predict_v True --learn_sigma False --precision "$precision")
+  --resblock_updown True --use_scale_shift_norm True "${prediction[@]}" --learn_sigma False --precision "$precision")
 training=(--batch_size $((batch / ranks)) --ema_rate "$ema" --save_interval "$interval" --log_interval 50 --val_images 32
   --scale_jitter 0.2 --sample_interval "$interval")
 sampling=(--precision "$precision" --s 1.5 --sampler dpmsolver++ --num_steps 20)

@@ -130,11 +130,18 @@ def test_feature_scores_at_their_ends(trained, tmp_path, monkeypatch):
     assert score(trained, two, monkeypatch)["feature_diversity"] > 0.1
 
 
-def test_steps_whose_parts_are_no_saves_are_refused():
-    """A quarter of the steps is compared at the end: a save must fall on it."""
-    environment = {**os.environ, "CAMVID": str(ROOT), "VENV": "none", "STEPS": "1000"}
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("STEPS", "1000", "a multiple of 24"),  # a quarter of the steps is compared at the end: a save must fall on it
+        ("PREDICT", "x", "choose v, xstart or eps"),
+        ("SIZE", "big", "choose cpu or gpu"),
+    ],
+)
+def test_settings_of_the_script_that_mean_nothing(name, value, message):
+    environment = {**os.environ, "CAMVID": str(ROOT), "VENV": "none", name: value}
     done = subprocess.run(["bash", "scripts/camvid.sh"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "a multiple of 24" in done.stderr
+    assert done.returncode == 2 and message in done.stderr and value in done.stderr
 
 
 def test_rows_and_tables():
