@@ -22,8 +22,8 @@ setup(
     packages=["guided_diffusion"],
     package_data={"guided_diffusion": ["palettes/*.csv"]},
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "mpi4py>=4.0",
         "numpy",
         "blobfile>=2.0",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from command_line import EvaluationError
 from PIL import Image
-from result_folders import shown
+from result_folders import raw_mode, shown
 
 IDS = 256  # label maps have 8 bits
 IGNORED = -1
@@ -90,6 +90,11 @@ def load_label_map(path: Path) -> torch.Tensor:
     with Image.open(path) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"mode {image.mode}, but a label map has one channel of 8 bits with an id per pixel")
+        if image.mode == "L" and (stored := raw_mode(image)).startswith(("L;2", "L;4")):
+            raise ValueError(
+                f"grey with {stored[2]} bits per pixel, which readers scale to brightness, so that its ids are lost; "
+                "save it with 8 bits, or as a palette PNG"
+            )
         return torch.from_numpy(np.array(image))
 
 

@@ -198,12 +198,17 @@ def try_segmenter(segmenter: Segmenter, image: torch.Tensor, device: torch.devic
     """Passes one image through the network. Raises EvaluationError if it fails or has another number of classes."""
     try:
         output = segmenter(image[None].to(device))
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise EvaluationError(
             f"--segmenter {arguments.segmenter} fails on an image of {image.shape[1]}x{image.shape[0]} ({reason}); "
             "see --input_size and --device"
         ) from error
+    if not isinstance(output, torch.Tensor):
+        raise EvaluationError(
+            f"--segmenter {arguments.segmenter} returns {type(output).__name__}; expected a tensor, a dict with "
+            "`logits` or `out`, or a tuple that begins with a tensor"
+        )
     if output.ndim != (4 if output.is_floating_point() else 3):
         raise EvaluationError(
             f"--segmenter {arguments.segmenter} returns {tuple(output.shape)} of {output.dtype}; expected class scores "

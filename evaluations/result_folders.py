@@ -170,7 +170,7 @@ def _look_at(path: Path) -> tuple[tuple[int, int], str] | str:
     try:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
-            stored = _raw_mode(image)
+            stored = raw_mode(image)
             if mode.startswith(DEEP_MODES) or ";16" in stored:  # of 16-bit RGB, Pillow keeps the high byte
                 return f"more than 8 bits per channel, mode {stored}; save it with 8 bits"
             if image.format == "PNG":
@@ -182,7 +182,7 @@ def _look_at(path: Path) -> tuple[tuple[int, int], str] | str:
     return size, mode
 
 
-def _raw_mode(image: Image.Image) -> str:
+def raw_mode(image: Image.Image) -> str:
     """How an image that was opened and not decoded is stored: Pillow's raw mode (RGB;16B) for PNG and TIFF."""
     if image.format not in ("PNG", "TIFF") or not image.tile:
         return image.mode

@@ -31,6 +31,8 @@ class Segmenter:
         output = self.network((x - mean) / deviation)
         if isinstance(output, dict):  # torchvision's networks call the scores `out`, Hugging Face's `logits`
             output = output["logits"] if "logits" in output else output["out"]
+        if isinstance(output, (tuple, list)):  # the scores come first, then features or auxiliary scores
+            output = output[0]
         return output
 
     def describe(self) -> dict[str, Any]:

@@ -291,9 +291,12 @@ def compare_names(sources: list[Source]) -> dict[str, Any]:
 def is_comparable(sources: list[Source], preprocessing: Preprocessing, weights: Weights | None, dims: int) -> bool:
     """Whether nothing known speaks against comparing the number with published ones of equally many images."""
     hashes = [source.record["weights"] for source in sources if "weights" in source.record]
+    used = {source.record["preprocessing"] for source in sources if "preprocessing" in source.record}
+    if weights is not None:  # some images were read
+        used.add(str(preprocessing))
     return (
         dims == max(STAGES)
-        and (preprocessing.resize, preprocessing.filter) == MODES[preprocessing.mode]
+        and used <= {str(Preprocessing(mode, *first)) for mode, first in MODES.items()}
         and (weights is None or weights.published)
         and all(name.startswith(INCEPTION_WEIGHTS.sha256) for name in hashes)
     )

@@ -159,7 +159,10 @@ class GaussianDiffusion:
         """What the network says of x_t, guided where `model_kwargs["s"]` > 1: [N, C or 2C, H, W].
 
         eps = eps(null) + s * (eps(layout) - eps(null)); the variance is that of the conditional pass. Both passes are
-        one batch. `model_kwargs["y"]` is a tensor or a layout that the network has encoded.
+        one batch. `model_kwargs["y"]` is a tensor, or a layout that the network has encoded: a `GuidedLayout` where the
+        output is guided.
+
+        :raises ValueError: an encoded layout without its null layout, or a layout of another size than x.
         """
         arguments = dict(model_kwargs or {})
         scale = arguments.pop("s", 1.0)
@@ -170,10 +173,17 @@ class GaussianDiffusion:
                 arguments["y"] = getattr(y, "conditional", y)
             return model(x, timesteps, **arguments)
         if isinstance(y, torch.Tensor) and hasattr(model, "guided_layout"):
+            if y.shape[2:] != x.shape[2:]:
+                raise ValueError(f"layout {list(y.shape)} and image {list(x.shape)} differ in size")
             arguments["y"] = model.guided_layout(y)
         elif isinstance(y, torch.Tensor):
             arguments["y"] = torch.cat([y, torch.zeros_like(y)])
             x, timesteps = torch.cat([x, x]), torch.cat([timesteps, timesteps])
+        elif getattr(y, "passes", 2) != 2:
+            raise ValueError(
+                f"s is {scale}, but y is an encoded layout without the null layout that guidance needs: give "
+                "GuidedLayout(y, null), null being the encoded layout of zeros, or the layout as a tensor"
+            )
         channels = x.shape[1]
         output, null = model(x, timesteps, **arguments).chunk(2)
         guided = torch.lerp(null[:, :channels], output[:, :channels], scale)

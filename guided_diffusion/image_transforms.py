@@ -162,14 +162,14 @@ def _open(path: str, kind: str, turnable: bool = False) -> tuple[Image.Image, He
             image = image.transpose(_BACK[orientation])  # Pillow turned it
         return image, header, orientation
     except FileNotFoundError as error:
-        raise DataError(f"the {kind} {path} is gone since the folder was listed") from error
+        raise DataError(f"the {kind} {path} does not exist, or not any more") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
         raise DataError(
             f"the {kind} {path} cannot be read ({error}); replace it or remove it with its partners"
         ) from error
 
 
-def _open_map(path: str, kind: str, of_ids: bool = True) -> Image.Image:
+def open_map(path: str, kind: str, of_ids: bool = True) -> Image.Image:
     """A decoded label or instance map; DataError where its ids (`of_ids`) or its orientation are not to be trusted."""
     image, header, orientation = _open(path, kind)
     if of_ids and header.mode == "L" and header.raw_mode.startswith(_SCALED):
@@ -221,7 +221,7 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
     The ids are checked on the whole map, so that a wrong one is found even where shrinking would lose it.
     Raises DataError for ids outside the classes, colours without a class, and pictures that are no map of ids.
     """
-    image = _open_map(path, "label map", of_ids=spec.label_colors is None)
+    image = open_map(path, "label map", of_ids=spec.label_colors is None)
     if spec.label_colors is not None:
         return _ids_from_colors(image, path, spec), spec.lookup_table(256 if spec.num_classes <= 256 else 65536)
     if image.mode in ("L", "P", "1"):
@@ -292,7 +292,7 @@ def _ids_from_colors(image: Image.Image, path: str, spec: DatasetSpec) -> Image.
 
 def read_instances(path: str) -> Image.Image:
     """An instance map at its full depth, mode I (int32)."""
-    image = _open_map(path, "instance map")
+    image = open_map(path, "instance map")
     if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise DataError(
             f"the instance map {path} is a picture of mode {image.mode}; store one id per pixel, 8 or 16 bits"

@@ -21,6 +21,7 @@ from . import checkpoints
 from .conditioning import encode_label_map
 from .fp16_util import PRECISIONS
 from .host_memory import available_memory
+from .image_transforms import open_map
 from .respace import SpacedDiffusion
 from .samplers import SAMPLERS, dynamic_thresholding, sample_loop
 from .script_util import build_config, create_gaussian_diffusion, create_model
@@ -280,8 +281,7 @@ class SDMPipeline:
 
     def _read_map(self, source: Any, kind: str) -> torch.Tensor:
         if isinstance(source, (str, os.PathLike)):
-            with Image.open(source) as picture:
-                source = np.asarray(picture)
+            source = open_map(os.fspath(source), kind)
         ids = np.asarray(source)
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iub":
             raise ValueError(

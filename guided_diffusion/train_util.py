@@ -306,8 +306,8 @@ class TrainLoop:
                 self._backward(
                     x_start,
                     y,
-                    torch.from_numpy(t[part]).to(x_start.device),
-                    torch.from_numpy(weights[part]).to(x_start.device) / len(positions),
+                    torch.from_numpy(t[part]).to(x_start.device, non_blocking=True),
+                    torch.from_numpy(weights[part] / len(positions)).to(x_start.device, non_blocking=True),
                     normals(noise_seeds[part], x_start.shape[1:], x_start.device),
                     synchronize=last,
                 )

@@ -318,6 +318,7 @@ class UNetModel(nn.Module):
 
     def guided_layout(self, y: torch.Tensor) -> GuidedLayout:
         """The layout [N, L, H, W] beside the null layout, for one guided pass; nothing is kept."""
+        self._check_layout(y)
         y = y.to(self.dtype, memory_format=torch.channels_last)
         return GuidedLayout(Layout(y), Layout(torch.zeros_like(y[:1])))
 

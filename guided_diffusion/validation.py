@@ -49,7 +49,7 @@ def to_network(
         instance = instance.to(device, non_blocking=True)
     if dropped is None:
         return image, encode_label_map(label, instance, num_classes, dtype)
-    dropped = dropped.to(device)
+    dropped = dropped.to(device, non_blocking=True)
     if look_up:
         edge = None if instance is None else instance_edges(instance)
         return image, LabelLayout(label, edge, num_classes, dropped, dtype)

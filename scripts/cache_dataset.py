@@ -1,8 +1,8 @@
 """A copy of a data set whose photographs are already shrunk, for the image size of one training run.
 
-    python scripts/cache_dataset.py --data_dir ./data/cityscapes --dataset_mode cityscapes --image_size 256
-    --cache_dir ./data/cityscapes-256 python image_train.py --data_dir ./data/cityscapes-256 --dataset_mode cityscapes
-    --image_size 256 ...
+    python scripts/cache_dataset.py --data_dir ./data/cityscapes --dataset_mode cityscapes --image_size 256 \\
+        --cache_dir ./data/cityscapes-256
+    python image_train.py --data_dir ./data/cityscapes-256 --dataset_mode cityscapes --image_size 256 ...
 
 The copy has the layout of the original and gives the loader the same pixels, to the bit. Photographs are stored as
 PNG, so nothing is lost; files that would not shrink are copied as they are. Worth it for Cityscapes and for large
@@ -13,6 +13,7 @@ interrupted, remakes what changed in the original (by size and time of its files
 import argparse
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -239,6 +240,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_cache(options: argparse.Namespace) -> None:
     """Fills the cache folder split by split, and marks it as complete at the end."""
+    if options.image_size < 1 or not 0 <= options.scale_jitter < math.inf:
+        raise DataError(
+            f"image_size ({options.image_size}) must be at least 1, scale_jitter ({options.scale_jitter}) at least 0"
+        )
     data_dir = options.data_dir.rstrip("/")
     if is_remote(options.cache_dir) or os.path.abspath(options.cache_dir) == os.path.abspath(data_dir):
         raise DataError(f"cache_dir {options.cache_dir} must be a local folder other than the data folder")

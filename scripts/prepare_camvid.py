@@ -57,6 +57,8 @@ def find_split(source: Path, split: str) -> list[tuple[Path, Path]]:
 
 def prepare(source: Path, out: Path, every: int = 1) -> dict[str, int]:
     """Links the three splits, or every n-th of their scenes, and writes dataset.json; the number of scenes by split."""
+    if every < 1:
+        raise PreparationError(f"--every is {every}; it must be at least 1")
     splits = {split: find_split(source, split)[::every] for split in SPLITS}
     targets: dict[str, dict[str, Path]] = {}
     for split, pairs in splits.items():

@@ -14,13 +14,14 @@ import io
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from guided_diffusion.data_checks import SplitReport, check_headers, check_pixels, summarize
 from guided_diffusion.dataset_specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
-from guided_diffusion.image_listing import Item, pair_files, unread_files
+from guided_diffusion.image_listing import Item, pair_files, read_cache_settings, unread_files
 from guided_diffusion.image_transforms import read_image, read_label, sampling_geometry
 from guided_diffusion.parallel import map_in_processes
 from guided_diffusion.pictures import bar_chart, colorize, contact_sheet, save_png
@@ -40,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     try:
+        if options.image_size < 1:
+            raise DataError(f"image_size is {options.image_size}; it must be at least 1")
         spec = get_spec(options.dataset_mode, options.data_dir, options.num_classes)
+        if read_cache_settings(options.data_dir) is not None:  # its photographs are shrunk, its maps are not
+            spec = replace(spec, label_scale=True)
         problems = verify(spec, options)
     except (DataError, MissingSplitError) as error:
         problems = [str(error)]

@@ -1,13 +1,11 @@
 """Everything that is wrong with data people really have: each named when a file is read, with the remedy."""
 
 import json
-import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_helpers import draw, save, write_benchmark
+from data_helpers import draw, packed_png, save, write_benchmark, write_png
 from evaluation_helpers import load_script
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -15,6 +13,8 @@ from PIL.PngImagePlugin import PngInfo
 from guided_diffusion.dataset_specs import get_spec
 from guided_diffusion.image_datasets import DataError, open_dataset
 from guided_diffusion.image_transforms import read_image, read_instances, read_label
+
+label_maps = load_script("label_maps")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_no_picture_at_all(scene, content):
 def test_a_file_that_vanished(scene):
     dataset = open_dataset(data_dir=scene, dataset_mode="custom", split="train", image_size=8, num_classes=4)
     (scene / "train/labels/a.png").unlink()
-    with pytest.raises(DataError, match="is gone since the folder was listed"):
+    with pytest.raises(DataError, match="does not exist, or not any more"):
         dataset[0]
 
 
@@ -266,28 +266,6 @@ def test_turned_tiff_maps_are_refused(scene, kind):
         read(scene)
 
 
-def packed_png(path, ids: np.ndarray, bits: int, palette: bool = False):
-    """A PNG of `bits` per pixel by the standard, with no help of Pillow's."""
-    rows = (ids[..., None] >> np.arange(bits - 1, -1, -1) & 1).reshape(len(ids), -1)
-    rows = np.packbits(rows.astype(np.uint8), axis=1)
-    data = b"".join(b"\0" + row.tobytes() for row in rows)  # 0: no filter
-    return write_png(path, ids.shape, bits, 3 if palette else 0, data, bytes(3 * 2**bits) if palette else b"")
-
-
-def write_png(path, shape, bits: int, color_type: int, data: bytes, palette: bytes = b""):
-    header = struct.pack(">IIBBBBB", shape[1], shape[0], bits, color_type, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"PLTE", palette), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + b"".join(
-            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-            for name, content in chunks
-            if content or name != b"PLTE"
-        )
-    )
-    return path
-
-
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("palette", [False, True])
 def test_maps_of_few_bits(scene, bits, palette):
@@ -298,6 +276,8 @@ def test_maps_of_few_bits(scene, bits, palette):
     if palette or bits == 1:
         assert np.array_equal(read_label(str(label), spec)[0], ids)
         assert np.array_equal(read_instances(str(label)), ids)
+        if bits > 1:
+            assert np.array_equal(label_maps.load_label_map(label), ids)
         return
     message = rf"a\.png is grey with {bits} bits per pixel, .*save it with 8 bits, or as a palette PNG"
     for reading, kind in (
@@ -306,6 +286,8 @@ def test_maps_of_few_bits(scene, bits, palette):
     ):
         with pytest.raises(DataError, match=f"the {kind}.*{message}"):
             reading()
+    with pytest.raises(ValueError, match=f"grey with {bits} bits per pixel"):
+        label_maps.load_label_map(label)
     assert read_image(str(label), spec).size == (40, 30)  # as a photograph it is brightness
 
 

@@ -87,6 +87,14 @@ def small_cache(tmp_path, settings=None, **more):
     return root, tmp_path / "cache", cache
 
 
+@pytest.mark.parametrize("size,jitter", [(0, 0), (-1, 0), (16, -1), (16, "nan")])
+def test_sizes_that_are_none(tmp_path, size, jitter):
+    root = write_custom(tmp_path / "data", {"train": 1, "val": 1})
+    done = run(root, "custom", tmp_path / "cache", size, "--num_classes", 4, "--scale_jitter", jitter)
+    assert done.returncode == 1 and f"image_size ({size}) must be at least 1" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
 def assert_cache_is_good(root, cache):
     for split in ("train", "val"):
         options = {"dataset_mode": "custom", "split": split, "image_size": 16}

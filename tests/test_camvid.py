@@ -57,6 +57,8 @@ def test_a_split_or_partner_that_is_missing_is_named(tmp_path):
         prepare(source, tmp_path / "out")
     with pytest.raises(PreparationError, match="no train split"):
         prepare(tmp_path, tmp_path / "out")
+    with pytest.raises(PreparationError, match="--every is 0; it must be at least 1"):
+        prepare(source, tmp_path / "out", every=0)
     assert not (tmp_path / "out").exists()
 
 

@@ -213,6 +213,12 @@ def test_weights_in_the_hub_with_the_right_hash_are_used(
     for flags in (["--dims", 64], ["--resize", 64]):  # neither is the FID that papers print
         call("test_with_FID", *folders, *flags)
         assert "not comparable" in capsys.readouterr().out.splitlines()[-1]
+    for flags, comparable in ((["--resize", 64], False), (["--mode", "pytorch-fid"], True)):
+        files = [tmp_path / f"{i}.npz" for i in range(2)]
+        for folder, file in zip(folders, files, strict=True):
+            call("test_with_FID", folder, "--save_stats", file, *flags)
+        call("test_with_FID", *files, "--json", tmp_path / "r.json")  # the files know what this command does not say
+        assert json.loads((tmp_path / "r.json").read_text())["comparable"] is comparable
 
 
 def test_a_file_of_other_weights_is_refused_or_marked(folders, tmp_path, weights_file, capsys):

@@ -61,6 +61,20 @@ class BrightestChannel(torch.nn.Module):
         return torch.nn.functional.avg_pool2d(x, 2)
 
 
+class ScoresAndFeatures(torch.nn.Module):
+    """One that returns features beside its scores."""
+
+    def forward(self, x):
+        return torch.nn.functional.avg_pool2d(x, 2), x
+
+
+class OnlyAName(torch.nn.Module):
+    """One that returns no scores."""
+
+    def forward(self, x):
+        return "scores"
+
+
 @pytest.fixture
 def torchscript(tmp_path):
     path = tmp_path / "segmenter.pt"
@@ -243,6 +257,18 @@ def test_a_network_that_answers_with_bytes(results, three_classes, torchscript, 
         torch.jit.script(Ids(kind)).save(tmp_path / "ids.pt")
         records.append(score(results, "--num_classes", 3, segmenter=tmp_path / "ids.pt")["confusion"])
     assert records[0] == records[1] and np.array(records[0]).sum() > 0
+
+
+def test_a_network_that_answers_with_a_tuple(results, three_classes, torchscript, tmp_path):
+    """The scores come first; what comes after them, features or auxiliary scores, is not wanted."""
+    torch.jit.script(ScoresAndFeatures()).save(tmp_path / "tuple.pt")
+    plain, first = (
+        score(results, "--num_classes", 3, segmenter=path)["confusion"] for path in (torchscript, tmp_path / "tuple.pt")
+    )
+    assert first == plain
+    torch.jit.script(OnlyAName()).save(tmp_path / "name.pt")
+    with fails("name.pt returns str; expected a tensor"):
+        score(results, "--num_classes", 3, segmenter=tmp_path / "name.pt")
 
 
 def test_hugging_face_segmenter(results, tmp_path):

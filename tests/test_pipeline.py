@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from data_helpers import write_custom
+from data_helpers import packed_png, write_custom
 from golden_helpers import golden_case
 from PIL import Image
 from sampling_helpers import MODEL, SETTINGS, save_checkpoint
@@ -260,6 +260,17 @@ def test_instances_and_rectangles(tmp_path):
         sizes = f"instance map is {shape[0]}x{shape[1]} .* label map 16x32"
         with pytest.raises(ValueError, match=sizes):
             pipeline(wide, instance_map=np.zeros(shape, int), **FAST)
+
+
+def test_label_maps_whose_ids_a_reader_would_change(tmp_path, checkpoint):
+    """As in a data set: 1 of 4 bits of grey comes out of Pillow as 17, which may well be a class."""
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match=r"the label map .*grey\.png is grey with 4 bits per pixel"):
+        pipeline(packed_png(tmp_path / "grey.png", LABEL % 2, 4), **FAST)
+    stored = packed_png(tmp_path / "palette.png", LABEL, 4, palette=True)
+    assert np.array_equal(pipeline(stored, **FAST)[0], pipeline(LABEL, **FAST)[0])
+    with pytest.raises(ValueError, match=r"the label map .*none\.png does not exist"):
+        pipeline(tmp_path / "none.png", **FAST)
 
 
 def test_traditional_channel_multipliers():

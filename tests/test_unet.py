@@ -65,6 +65,25 @@ def test_recomputed_activations_give_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
+def test_guidance_refuses_layouts_that_it_would_misread():
+    """An encoded layout alone has no null half, and one of another size would be resized in silence."""
+    model, diffusion, _, y = golden_case("wide_rect")
+    x = normal("x", (2, 3, *y.shape[2:]))
+    with torch.no_grad():
+        encoded = model.encode_layout(y)
+        with pytest.raises(ValueError, match="without the null layout"):
+            diffusion.p_mean_variance(model, x, T, model_kwargs={"y": encoded, "s": 1.5})
+        pair = GuidedLayout(encoded, model.encode_layout(torch.zeros_like(y[:1])))
+        for s in (1.0, 1.5):
+            p = diffusion.p_mean_variance(model, x, T, model_kwargs={"y": pair, "s": s})
+            q = diffusion.p_mean_variance(model, x, T, model_kwargs={"y": y, "s": s})
+            torch.testing.assert_close(p["mean"], q["mean"], rtol=0, atol=1e-4)
+            with pytest.raises(ValueError, match="differ in size"):
+                diffusion.p_mean_variance(model, x, T, model_kwargs={"y": y[:, :, ::2, ::2], "s": s})
+            with pytest.raises(ValueError, match="the layout must be"):
+                diffusion.p_mean_variance(model, x, T, model_kwargs={"y": y[:, 1:], "s": s})
+
+
 def test_guidance_may_be_differentiated():
     """The two halves are written in place only where no gradient is wanted."""
     model, diffusion, _, y = golden_case("wide_rect")

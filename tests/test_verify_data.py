@@ -50,6 +50,24 @@ def test_a_good_data_set(tmp_path):
     assert Image.open(tmp_path / "report/classes_val.png").width > 200
 
 
+@pytest.mark.parametrize("size", [0, -8])
+def test_an_image_size_that_is_none(tmp_path, size):
+    write_custom(tmp_path / "data", {"train": 1, "val": 1})
+    result = verify(tmp_path / "data", tmp_path / "report", "--num_classes", 4, "--image_size", size)
+    assert result.returncode == 1 and f"image_size is {size}; it must be at least 1" in result.stderr
+
+
+def test_a_cache_is_as_good_as_its_source(tmp_path):
+    """Its photographs are shrunk and its label maps are not, which the loader knows, too."""
+    settings = {"classes": ["a", "b", "c", "d"]}
+    root, cache = write_custom(tmp_path / "data", {"train": 2, "val": 1}, (100, 80), settings=settings), tmp_path / "c"
+    flags = ["--data_dir", root, "--dataset_mode", "custom", "--image_size", 16, "--workers", 1]
+    assert run_script("scripts/cache_dataset.py", *flags, "--cache_dir", cache).returncode == 0
+    assert Image.open(cache / "train/images/scene0.png").size != (100, 80)
+    result = verify(cache, tmp_path / "report")
+    assert result.returncode == 0, result.stderr
+
+
 def test_everything_wrong_is_listed_at_once(tmp_path):
     root = write_custom(tmp_path / "data", {"train": 8, "val": 1}, instances=True)
     images, labels, instances = (root / "train" / name for name in ("images", "labels", "instances"))
