@@ -268,6 +268,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "model": config["model"],
+        "diffusion": config["diffusion"],
         "steps": args.steps,
         "scores": main_scores(args),
         "rows": compare(args),
