@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,26 @@ from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """tqdm's bar on standard error, drawn as often as its reader has use for.
+
+    A terminal: ten times a second. A pipe, such as that of mpiexec: every two seconds. A file, or the output of a batch
+    job, where each drawing is one more line that stays: every half minute.
+    """
+    seconds = 0.1
+    if not sys.stderr.isatty():
+        seconds = 30.0 if "SLURM_JOB_ID" in os.environ or _is_file(sys.stderr) else 2.0
+    # maxinterval: beyond it tqdm would draw on its own
+    return tqdm(file=sys.stderr, dynamic_ncols=True, mininterval=seconds, maxinterval=max(10.0, seconds), **options)
+
+
+def _is_file(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # a stream without a descriptor: a notebook's
+        return False
 
 
 class Logger:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from . import checkpoints
 from .dataset_specs import DatasetSpec
 from .dist_util import World
 from .image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
 from .image_listing import some_names
+from .logger import progress_bar
 from .pictures import colorize, contact_sheet, save_png
 from .pipeline import Sampling, SDMPipeline, image_seed
 from .settings import ConfigError, SampleConfig, binding_settings
@@ -102,13 +102,8 @@ class SampleRun:
             )
         steps = self.pipeline.diffusion(self.sampling.timestep_respacing, self.sampling.num_steps).num_timesteps
         since = time.perf_counter()
-        bar = tqdm(
-            total=len(batches) * steps,
-            desc="denoising",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self.world.is_main,
-        )
+        total = len(batches) * steps
+        bar = progress_bar(total=total, desc="denoising", unit="step", disable=not self.world.is_main)
         done = 0
         with bar, StopSignals() as signals, contextlib.suppress(_Stopped):
 
@@ -224,7 +219,7 @@ class SampleRun:
 
         with ThreadPoolExecutor() as pool:
             results = pool.map(has_changed, range(self.layouts))
-            results = tqdm(results, total=self.layouts, desc="checking layouts", leave=False)
+            results = progress_bar(iterable=results, total=self.layouts, desc="checking layouts", leave=False)
             return [layout for layout, changed in enumerate(results) if changed]
 
     def _remove_samples(self, names: set[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from .dist_util import World
 from .fp16_util import PRECISIONS, MixedPrecisionTrainer, StepResult, global_norm
 from .host_memory import keep_freed_memory
 from .image_datasets import LayoutDataset, balance_weights, training_batches
-from .logger import Averages, Logger
+from .logger import Averages, Logger, progress_bar
 from .nn import update_ema
 from .pictures import save_png
 from .resample import create_schedule_sampler
@@ -357,13 +357,9 @@ class TrainLoop:
     # -- what is seen of it -------------------------------------------------------------------------------------------
 
     def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.last_step or None,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not self.world.is_main,
-            dynamic_ncols=True,
+        total = self.last_step or None
+        return progress_bar(
+            total=total, initial=self.step, desc="training", unit="step", disable=not self.world.is_main
         )
 
     def _log_row(self, bar: tqdm, skipped_files: int) -> None:

@@ -2,13 +2,17 @@
 
 import csv
 import importlib.util
+import io
 import json
+import os
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.logger import Averages, Logger
+from guided_diffusion.logger import Averages, Logger, progress_bar
 
 
 def opened(folder, step=0, **options) -> Logger:
@@ -121,3 +125,47 @@ def test_averages_are_means_by_quarter_without_what_is_not_finite():
         "grad_norm": 3.0,
     }
     assert averages.read(lambda tensor: tensor) == {}
+
+
+def drawn(stream, seconds=0.5) -> int:
+    """Runs a bar for so long; returns how often it was drawn."""
+    with progress_bar(total=1000, desc="denoising") as bar:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            bar.update()
+            time.sleep(0.005)
+    stream.flush()
+    stream.seek(0)
+    return stream.read().count("denoising")
+
+
+def test_a_bar_does_not_fill_the_log_of_a_job(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with open(tmp_path / "job.log", "w+") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        assert drawn(log) == 2  # its begin and its end
+
+
+def test_a_terminal_sees_a_bar_move(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert drawn(terminal) > 3
+
+
+@pytest.mark.parametrize(("job", "interval"), [(None, 2), ("7", 30)])
+def test_a_pipe_is_drawn_to_seldom_and_that_of_a_batch_job_more_so(monkeypatch, job, interval):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    read, write = os.pipe()
+    with os.fdopen(read), os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        with progress_bar(total=10) as bar:
+            assert bar.mininterval == interval
+
+
+def test_a_bar_needs_no_descriptor(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert drawn(stream) == 2
