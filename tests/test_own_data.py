@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_helpers import REPOSITORY, run_script
 
-from guided_diffusion import script_util
+from guided_diffusion import settings
 from guided_diffusion.dataset_specs import DataError, get_spec
 from guided_diffusion.image_datasets import open_dataset
 
@@ -48,7 +48,7 @@ def test_the_flags_of_the_commands_exist():
     text = "\n".join(text for language, text in BLOCKS if not language).replace("\\\n", " ")
     commands = re.findall(r"python (\S+\.py) (.*)", text)
     assert {name for name, _ in commands} >= {"image_train.py", "image_sample.py", "scripts/verify_data.py"}
-    configs = [part for part in vars(script_util).values() if isinstance(part, type) and dataclasses.is_dataclass(part)]
+    configs = [part for part in vars(settings).values() if isinstance(part, type) and dataclasses.is_dataclass(part)]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
     for program, line in commands:
         if "/" in program:
