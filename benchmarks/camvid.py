@@ -275,6 +275,7 @@ def main() -> None:
         "model": config["model"],
         "diffusion": config["diffusion"],
         "steps": args.steps,
+        "seed": config["training"]["seed"],
         "scores": main_scores(args),
         "rows": compare(args),
     }

@@ -5,7 +5,8 @@
 # CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT
 # (OUTPUT/camvid-cpu or OUTPUT/camvid-gpu).
 # Started again, it goes on where it was. STEPS and RANKS change the length of training and the number of processes, PREDICT
-# what the network predicts: v, the velocity; xstart, the image; or eps, the noise, as published.
+# what the network predicts: v, the velocity; xstart, the image; or eps, the noise, as published. SEED (0) is that of the
+# trainings.
 camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; the README says where it comes from}")
 source "$(dirname "$0")/common.sh"
 use_environment mpi,plots
@@ -40,7 +41,7 @@ python scripts/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 
 model=(--data_dir "$data" --dataset_mode custom --no_instance True --class_cond True --image_size "$pixels" "${network[@]}"
   --resblock_updown True --use_scale_shift_norm True "${prediction[@]}" --learn_sigma False --precision "$precision")
 training=(--batch_size $((batch / ranks)) --ema_rate "$ema" --save_interval "$interval" --log_interval 50 --val_images 32
-  --scale_jitter 0.2 --sample_interval "$interval")
+  --scale_jitter 0.2 --sample_interval "$interval" --seed "${SEED:-0}")
 sampling=(--precision "$precision" --s 1.5 --sampler dpmsolver++ --num_steps 20)
 
 train() { # train LOGDIR STEPS FLAGS...
