@@ -94,7 +94,10 @@ class SDMPipeline:
         device: torch.device | str | None = None,
         keep_modulations: str = "auto",
         compile: bool = False,
+        grey: bool = False,
     ):
+        """grey: the network was trained on grey pictures, and its images are to be grey as well."""
+        self.grey = grey
         self.keep_modulations = auto_choice("keep_modulations", keep_modulations)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).convert_to(PRECISIONS[precision])
@@ -142,6 +145,7 @@ class SDMPipeline:
             device=device,
             keep_modulations=keep_modulations,
             compile=compile,
+            grey=bool(recorded and (recorded.get("dataset_json") or {}).get("grey")),
         )
 
     # -- images -------------------------------------------------------------------------------------------------------
@@ -242,7 +246,7 @@ class SDMPipeline:
             precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.model.dtype)
             remedy = "try --precision bf16" if precision == "fp16" else "has the training of this checkpoint diverged?"
             raise FloatingPointError(f"the network's numbers are not finite in {precision}: {remedy}")
-        return to_uint8(sample)
+        return to_uint8(sample, self.grey)
 
     def diffusion(self, timestep_respacing: str, num_steps: int) -> SpacedDiffusion:
         """The trained diffusion over the chosen steps. :raises ConfigError: no such steps."""

@@ -181,13 +181,19 @@ def preview_page(
         for step in sample_loop(diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": s}):
             sample = step["sample"]
     rows = []
-    for i, picture in enumerate(to_uint8(sample)):
+    for i, picture in enumerate(to_uint8(sample, dataset.spec.grey)):
         photograph = batch["image"][i].permute(1, 2, 0).numpy() if "image" in batch else None
         rows.append([colorize(batch["label"][i, 0].numpy(), dataset.spec.palette), photograph, picture])
     page = contact_sheet(rows, column_titles=["layout", "photograph", "sample"], row_titles=batch["name"], title=title)
     return np.asarray(page)
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3] on the CPU, rounded to the nearest."""
+def to_uint8(images: torch.Tensor, grey: bool = False) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3] on the CPU, rounded to the nearest.
+
+    :param grey: every channel becomes the mean of the three, for a network trained on grey pictures: it draws three
+        channels, which noise of their own leaves slightly apart.
+    """
+    if grey:
+        images = images.mean(dim=1, keepdim=True).expand_as(images)
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -30,8 +30,8 @@ DIFFUSION = DiffusionConfig(learn_sigma=True)
 SETTINGS = {**dataclasses.asdict(MODEL), **dataclasses.asdict(DIFFUSION)}
 
 
-def save_checkpoint(folder: pathlib.Path, data_dir: pathlib.Path, model: ModelConfig = MODEL) -> str:
-    """Writes ema_0.9_best.pt and config.json; returns the former's path."""
+def save_checkpoint(folder: pathlib.Path, data_dir: pathlib.Path, model: ModelConfig = MODEL, **recorded) -> str:
+    """Writes ema_0.9_best.pt and config.json (with what else is `recorded`); returns the former's path."""
     folder.mkdir(parents=True, exist_ok=True)
     network = create_model(model, DIFFUSION.learn_sigma)
     load_formula_weights(network)
@@ -39,7 +39,8 @@ def save_checkpoint(folder: pathlib.Path, data_dir: pathlib.Path, model: ModelCo
     torch.save(network.state_dict(), path)
     data = DataConfig(data_dir=str(data_dir), dataset_mode="custom", num_workers=0)
     record = {"model": model, "diffusion": DIFFUSION, "data": data}
-    checkpoints.write_json(str(folder / "config.json"), {k: dataclasses.asdict(v) for k, v in record.items()})
+    record = {key: dataclasses.asdict(value) for key, value in record.items()}
+    checkpoints.write_json(str(folder / "config.json"), record | recorded)
     return str(path)
 
 

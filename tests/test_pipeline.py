@@ -47,6 +47,16 @@ def test_three_lines(checkpoint):
     assert len(apart) == 3 and np.abs(np.asarray(apart[1]).astype(int) - np.asarray(again[1])).max() <= 1
 
 
+def test_a_network_of_grey_pictures_makes_grey_ones(checkpoint, tmp_path):
+    coloured = np.asarray(SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0])
+    assert np.ptp(coloured, axis=2).max() > 1
+    save_checkpoint(tmp_path, tmp_path, dataset_json={"grey": True})
+    grey = np.asarray(SDMPipeline.from_checkpoint(tmp_path / "ema_0.9_best.pt")(LABEL, **FAST)[0])
+    assert np.ptp(grey, axis=2).max() == 0
+    inside = (coloured.min(axis=2) > 0) & (coloured.max(axis=2) < 255)  # where nothing was cut off
+    assert inside.any() and np.abs(grey[..., 0] - coloured.mean(axis=2))[inside].max() < 1.01
+
+
 def test_a_file_is_as_good_as_an_array(checkpoint, tmp_path):
     Image.fromarray(LABEL.astype(np.uint8)).save(tmp_path / "layout.png")
     pipeline = SDMPipeline.from_checkpoint(checkpoint)
