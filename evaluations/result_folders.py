@@ -226,7 +226,7 @@ class Items(Dataset):
 
 
 def read_images(
-    items: Sequence[Any], load: Callable[[Any], Any], batch_size: int, num_workers: int, pin_memory: bool = False
+    items: Sequence[Any], load: Callable[[Any], Any], batch_size: int, num_workers: int
 ) -> Iterable[list[tuple[int, Any]]]:
     """Reads items in other processes, in order: lists of (index, what `load` made of it, or an error's message)."""
     return DataLoader(
@@ -234,5 +234,4 @@ def read_images(
         batch_size=batch_size,
         num_workers=min(num_workers, len(items)),
         collate_fn=list,
-        pin_memory=pin_memory,
     )

@@ -217,7 +217,7 @@ def compute_statistics(
     images = list(source.checked.good)
     sizes = [(preprocessing.resize, preprocessing.resize)] if preprocessing.resize else []
     load = partial(load_rgb, sizes=sizes, filter_name=preprocessing.filter)
-    batches = read_images(images, load, arguments.batch_size, arguments.num_workers, device.type == "cuda")
+    batches = read_images(images, load, arguments.batch_size, arguments.num_workers)
     statistics = FeatureStatistics(arguments.dims)
     with inference(), tqdm(total=len(images), desc="/".join(source.path.parts[-2:]), unit="image") as bar:
         for batch in batches:
@@ -244,7 +244,7 @@ def to_network_size(images: list[torch.Tensor], device: torch.device) -> torch.T
     same_size = len({image.shape for image in images}) == 1
     resized = []
     for group in [torch.stack(images)] if same_size else [image[None] for image in images]:
-        x = group.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # [N, 3, H, W], channels last
+        x = group.to(device).permute(0, 3, 1, 2).float() / 255  # [N, 3, H, W], channels last
         resized.append(functional.interpolate(x, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False))
     return torch.cat(resized)
 
