@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "evaluations"))  # last: its lpips.py must not hide the package
@@ -36,6 +35,7 @@ from result_folders import by_name, list_images, load_rgb, sample_folders  # noq
 from segmenters import IMAGENET_DEVIATION, IMAGENET_MEAN  # noqa: E402
 
 from guided_diffusion.image_datasets import open_dataset, sampling_batches, training_batches  # noqa: E402
+from guided_diffusion.logger import progress_bar  # noqa: E402
 
 WIDTHS = (32, 64, 128, 256)
 
@@ -117,7 +117,7 @@ def train(args: argparse.Namespace) -> None:
     network = SegmentationUNet(classes).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
-    progress = tqdm(range(args.steps), desc=f"segmenter, on {device}", unit="step")
+    progress = progress_bar(iterable=range(args.steps), desc=f"segmenter, on {device}", unit="step")
     with training_batches(data, batch_size=args.batch_size, num_workers=args.num_workers) as batches:
         for _ in progress:
             batch = next(batches)
@@ -179,7 +179,7 @@ def diversity(network: torch.jit.ScriptModule, folders: list[Path], device: torc
     by_folder = [by_name(list_images(folder)) for folder in folders]
     names = sorted(set.intersection(*(set(found) for found in by_folder)))
     totals = []
-    for name in tqdm(names, desc="feature diversity", unit="layout", leave=False):
+    for name in progress_bar(iterable=names, desc="feature diversity", unit="layout", leave=False):
         images = normalise(load_images([found[name] for found in by_folder]).to(device))
         stages = [unit(features) for features in network.features(images)]
         pairs = list(itertools.combinations(range(len(folders)), 2))

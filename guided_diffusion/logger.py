@@ -16,16 +16,18 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+BATCH_JOBS = {"SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"}
+
 
 def progress_bar(**options: Any) -> tqdm:
     """tqdm's bar on standard error, drawn as often as its reader has use for.
 
-    A terminal: ten times a second. A pipe, such as that of mpiexec: every two seconds. A file, or the output of a batch
-    job, where each drawing is one more line that stays: every half minute.
+    A terminal: ten times a second. A pipe, such as that of mpiexec: every two seconds. A file, or what a batch system
+    (SLURM, PBS, LSF) keeps of a job, where each drawing is one more line: every half minute.
     """
     seconds = 0.1
     if not sys.stderr.isatty():
-        seconds = 30.0 if "SLURM_JOB_ID" in os.environ or _is_file(sys.stderr) else 2.0
+        seconds = 30.0 if os.environ.keys() & BATCH_JOBS or _is_file(sys.stderr) else 2.0
     # maxinterval: beyond it tqdm would draw on its own
     return tqdm(file=sys.stderr, dynamic_ncols=True, mininterval=seconds, maxinterval=max(10.0, seconds), **options)
 

@@ -358,6 +358,7 @@ def sampling_record(
             "dataset_mode": data["dataset_mode"],
             **layouts,
             **({"remap": dict(spec.remap), "crop": spec.crop} if spec.name == "custom" else {}),
+            "grey": pipeline.grey,
             **binding_settings(pipeline.model_config),
             **binding_settings(pipeline.diffusion_config),
         },

@@ -81,7 +81,13 @@ class ModelConfig:
                     f"attention_resolutions {self.attention_resolutions!r}: {resolution} does not divide image_size "
                     f"{self.image_size}, so that no layer has this height"
                 )
-            factors.append(self.image_size // resolution)
+            factor = self.image_size // resolution
+            if factor & (factor - 1):  # original: silently no attention there
+                raise ConfigError(
+                    f"attention_resolutions {self.attention_resolutions!r}: heights halve from image_size "
+                    f"{self.image_size} on, so that no layer has the height {resolution}"
+                )
+            factors.append(factor)
         return factors
 
 

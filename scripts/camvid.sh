@@ -2,15 +2,19 @@
 # CamVid from scratch: trains, fine-tunes with label drop, samples, scores, compares settings, draws the pictures.
 #   CAMVID=path/to/CamVid bash scripts/camvid.sh            the CPU's size: 64x48 pixels, some two hours on two cores
 #   CAMVID=path/to/CamVid SIZE=gpu bash scripts/camvid.sh   192x144 pixels; made for one H100 (not run yet)
-# CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT
-# (OUTPUT/camvid-cpu or OUTPUT/camvid-gpu).
-# Started again, it goes on where it was. STEPS and RANKS change the length of training and the number of processes, PREDICT
-# what the network predicts: v, the velocity; xstart, the image; or eps, the noise, as published. SEED (0) is that of the
-# trainings.
+# CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT (OUTPUT/camvid-cpu or
+# OUTPUT/camvid-gpu; with another PREDICT or SEED that is part of the name). Started again, it goes on where it was.
+# STEPS and RANKS change the length of training and the number of processes, PREDICT what the network predicts: v, the
+# velocity; xstart, the image; or eps, the noise, as published. SEED (0) is that of the generator's trainings; the
+# segmentation network that scores has always the same.
 camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; the README says where it comes from}")
 source "$(dirname "$0")/common.sh"
 use_environment mpi,plots
-size=${SIZE:-cpu} out=${OUT:-OUTPUT/camvid-$size}
+size=${SIZE:-cpu} predict=${PREDICT:-v} seed=${SEED:-0}
+name=camvid-$size
+[ "$predict" = v ] || name=$name-$predict
+[ "$seed" = 0 ] || name=$name-seed$seed
+out=${OUT:-OUTPUT/$name}
 case $size in
   cpu)
     ranks=${RANKS:-2} steps=${STEPS:-3600} precision=bf16 pixels=48
@@ -23,11 +27,12 @@ case $size in
     batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;
   *) echo "error: SIZE is $size; choose cpu or gpu" >&2; exit 2 ;;
 esac
-case ${PREDICT:-v} in
-  v | xstart) prediction=(--predict_"${PREDICT:-v}" True) ;;
+case $predict in
+  v | xstart) prediction=(--predict_"$predict" True) ;;
   eps) prediction=(--predict_v False) ;;
-  *) echo "error: PREDICT is $PREDICT; choose v, xstart or eps" >&2; exit 2 ;;
+  *) echo "error: PREDICT is $predict; choose v, xstart or eps" >&2; exit 2 ;;
 esac
+if ! [[ $seed =~ ^[0-9]+$ ]]; then echo "error: SEED is $seed; give a whole number, 0 or more" >&2; exit 2; fi
 if ((steps % 24)); then echo "error: STEPS is $steps; give a multiple of 24 (its 4th, 6th and 8th part are used)" >&2; exit 2; fi
 interval=$((steps / 8))                            # a save falls on a quarter of the steps, which is compared
 launcher=$([ "$ranks" = 1 ] || echo mpiexec -n "$ranks") # one process needs no MPI
@@ -36,12 +41,12 @@ data=$out/data segmenter=$out/segmenter.pt results=$out/results
 python scripts/prepare_camvid.py --source "$camvid" --out "$data"
 python scripts/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 6
 
-# As published but for the size, and for two flags: a short training learns the velocity sooner than the noise, and with
-# more detail than the image; and it learns no variance, which the solver used here does not need.
+# As published but for the size, the rates and the augmentation that go with it, and two flags: the velocity, which so
+# short a training draws with more detail than the image; and no learned variance, which the solver used here does not need.
 model=(--data_dir "$data" --dataset_mode custom --no_instance True --class_cond True --image_size "$pixels" "${network[@]}"
   --resblock_updown True --use_scale_shift_norm True "${prediction[@]}" --learn_sigma False --precision "$precision")
 training=(--batch_size $((batch / ranks)) --ema_rate "$ema" --save_interval "$interval" --log_interval 50 --val_images 32
-  --scale_jitter 0.2 --sample_interval "$interval" --seed "${SEED:-0}")
+  --scale_jitter 0.2 --sample_interval "$interval" --seed "$seed")
 sampling=(--precision "$precision" --s 1.5 --sampler dpmsolver++ --num_steps 20)
 
 train() { # train LOGDIR STEPS FLAGS...

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains, fine-tunes and samples SDM on an embedded data set of painted scenes: minutes on two CPU cores.
 # Everything goes to QUICKSTART (default OUTPUT/quickstart). Started again, it goes on where it was.
-# RANKS (2) processes train for STEPS (400) steps.
+# RANKS (2) processes train for STEPS (400) steps, and fine-tune for a quarter as many.
 steps=${STEPS:-400}
 if ! [[ $steps =~ ^[1-9][0-9]*$ ]] || ((steps < 4)); then # a quarter of it fine-tunes, where 0 would be without end
   echo "error: STEPS is $steps; give a whole number, 4 at least (its 4th part is used)" >&2
@@ -19,8 +19,8 @@ if [ ! -e "$data/dataset.json" ]; then
   python scripts/make_scenes.py --out "$data" --size 32 --train 1000 --val 64
 fi
 
-# The published settings, in small, but for one: the network predicts the velocity instead of the noise, with which so short
-# a training would get layouts right and hues wrong.
+# The published settings, in small and with the rates of a short training, but for one: the network predicts the velocity
+# instead of the noise.
 # Arrays, not text: QUICKSTART may hold spaces.
 model=(--data_dir "$data" --dataset_mode custom --num_classes 9 --no_instance True --class_cond True --image_size 32
   --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 --num_head_channels 32
@@ -45,5 +45,5 @@ cat <<END
 Look at    $results/overview.png   (layout, painted scene, sample)
 Figures    $out/figures.json
 Losses     $out/train/progress.csv
-Next       the README's section on your own data: --dataset_mode custom takes any folder of images and label maps
+Next       docs/your-own-data.md: --dataset_mode custom takes any folder of images and label maps
 END

@@ -138,6 +138,7 @@ def test_feature_scores_at_their_ends(trained, tmp_path, monkeypatch):
         ("STEPS", "1000", "a multiple of 24"),  # a quarter of the steps is compared at the end: a save must fall on it
         ("PREDICT", "x", "choose v, xstart or eps"),
         ("SIZE", "big", "choose cpu or gpu"),
+        ("SEED", "one", "a whole number"),
     ],
 )
 def test_settings_of_the_script_that_mean_nothing(name, value, message):

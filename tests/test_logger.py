@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion.logger import Averages, Logger, progress_bar
+from guided_diffusion.logger import BATCH_JOBS, Averages, Logger, progress_bar
 
 
 def opened(folder, step=0, **options) -> Logger:
@@ -140,7 +140,6 @@ def drawn(stream, seconds=0.5) -> int:
 
 
 def test_a_bar_does_not_fill_the_log_of_a_job(tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with open(tmp_path / "job.log", "w+") as log:
         monkeypatch.setattr(sys, "stderr", log)
         assert drawn(log) == 2  # its begin and its end
@@ -153,11 +152,12 @@ def test_a_terminal_sees_a_bar_move(monkeypatch):
     assert drawn(terminal) > 3
 
 
-@pytest.mark.parametrize(("job", "interval"), [(None, 2), ("7", 30)])
+@pytest.mark.parametrize(("job", "interval"), [(None, 2), ("SLURM_JOB_ID", 30), ("PBS_JOBID", 30), ("LSB_JOBID", 30)])
 def test_a_pipe_is_drawn_to_seldom_and_that_of_a_batch_job_more_so(monkeypatch, job, interval):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    for name in BATCH_JOBS:
+        monkeypatch.delenv(name, raising=False)
     if job:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv(job, "7")
     read, write = os.pipe()
     with os.fdopen(read), os.fdopen(write, "w") as pipe:
         monkeypatch.setattr(sys, "stderr", pipe)

@@ -6,14 +6,19 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import REPOSITORY, run_script
+from PIL import Image
 
 from guided_diffusion import settings
 from guided_diffusion.dataset_specs import DataError, get_spec
 from guided_diffusion.image_datasets import open_dataset
+from guided_diffusion.script_util import build_config, create_model
+from guided_diffusion.unet import AttentionBlock
 
 PAGE = (REPOSITORY / "docs" / "your-own-data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.S | re.M)  # (language, text), taken from the top
+MODEL_FLAGS = {field.name for field in dataclasses.fields(settings.ModelConfig)}
 
 
 @pytest.mark.parametrize(("example", "classes"), list(enumerate([12, 4, 18])))
@@ -56,6 +61,27 @@ def test_the_flags_of_the_commands_exist():
         else:
             known_here = known
         assert set(re.findall(r"--(\w+)", line)) <= known_here, (program, line)
+
+
+def test_the_camvid_commands_fit_what_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    image = np.zeros((360, 480, 3), np.uint8)
+    for split in ("train", "val", "test"):
+        for folder, pixels in (("images", image), ("labels", image[..., 0])):
+            (tmp_path / "source" / split / folder).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / "source" / split / folder / "a.png")
+    run_script("scripts/prepare_camvid.py", "--source", tmp_path / "source", "--out", tmp_path / "data")
+    shown = next(json.loads(text) for language, text in BLOCKS if language == "json")
+    assert json.loads((tmp_path / "data" / "dataset.json").read_text()) == shown
+    command = next(text for _, text in BLOCKS if "image_train.py" in text).replace("\\\n", " ")
+    flags = dict(re.findall(r"--(\w+) (\S+)", command.split("image_train.py")[1]))
+    config = build_config(settings.ModelConfig, {key: flags[key] for key in flags if key in MODEL_FLAGS})
+    data = open_dataset(data_dir=tmp_path / "data", dataset_mode="custom", split="train", image_size=config.image_size)
+    with torch.device("meta"):
+        network = create_model(config, learn_sigma=True)
+    network.check_size(*data.shape)
+    placed = [block for block in network.input_blocks if any(isinstance(part, AttentionBlock) for part in block)]
+    assert len(placed) == 6  # two at each of the three heights
 
 
 def test_the_medical_example(tmp_path):

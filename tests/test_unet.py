@@ -38,6 +38,8 @@ def test_lists_of_numbers_are_strings_or_tuples():
 def test_an_attention_height_that_no_layer_has_is_refused():
     with pytest.raises(ConfigError, match="12 does not divide image_size 32"):
         create_model_and_diffusion(image_size=32, num_classes=4, channel_mult="1,2", attention_resolutions="12")
+    with pytest.raises(ConfigError, match="halve from image_size 96 on, so that no layer has the height 32"):
+        create_model_and_diffusion(image_size=96, num_classes=4, channel_mult="1,2", attention_resolutions="48,32")
 
 
 def test_features_stay_channels_last():
