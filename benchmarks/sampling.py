@@ -177,6 +177,7 @@ def measure(arguments: argparse.Namespace) -> dict:
                 "all_seconds": seconds[title],
             }
         )
+    del steps, step  # what they keep would count as taken memory
     attention = {precision: fast_attention_runs(device, precision) for precision in precisions}
     pipeline = measure_pipeline(config, device, precisions, arguments.batch, plain)
     return {

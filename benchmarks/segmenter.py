@@ -29,7 +29,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "evaluations"))  # last: its lpips.py must not hide the package
 
-from command_line import EvaluationError  # noqa: E402
+from command_line import EvaluationError, inference  # noqa: E402
 from frechet import FeatureStatistics, frechet_distance  # noqa: E402
 from result_folders import by_name, list_images, load_rgb, sample_folders  # noqa: E402
 from segmenters import IMAGENET_DEVIATION, IMAGENET_MEAN  # noqa: E402
@@ -189,7 +189,7 @@ def diversity(network: torch.jit.ScriptModule, folders: list[Path], device: torc
     return float(np.mean(totals))
 
 
-@torch.inference_mode()
+@inference()
 def score(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = torch.jit.load(str(args.segmenter), map_location=device).eval()

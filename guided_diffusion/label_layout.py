@@ -184,7 +184,8 @@ class LabelLayout:
 
     def _hidden_rows(self, norm: SPADEGroupNorm, gather: _Gather) -> torch.Tensor:
         convolution, activation = norm.mlp_shared
-        table = convolution.weight.permute(2, 3, 1, 0).reshape(9 * self.channels, -1)
+        # contiguous: of channels-last weights this is a view whose rows are strided
+        table = convolution.weight.permute(2, 3, 1, 0).reshape(9 * self.channels, -1).contiguous()
         return activation(_SumRows.apply(table, gather) + convolution.bias).to(self.dtype)
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:

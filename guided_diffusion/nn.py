@@ -67,8 +67,9 @@ class PointwiseConv1d(nn.Conv1d):
 class GroupNorm(nn.GroupNorm):
     """Group normalization whose sums are taken in float32 whatever the precision of its input [N, C, *].
 
-    PyTorch's kernels accumulate 16-bit inputs in float32 themselves, so only the result is rounded. On a CPU their
-    backward pass over channels-last bfloat16 takes three times as long as the one over float32: there we convert.
+    PyTorch's kernels accumulate 16-bit inputs in float32 themselves; the result, and on a GPU mean and deviation, are
+    rounded. On a CPU their backward pass over channels-last bfloat16 takes three times as long as the one over float32:
+    there we convert. Channels-last memory stays so.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,11 @@ class GroupNorm(nn.GroupNorm):
         h = x.float() if slow else x
         weight = None if self.weight is None else self.weight.to(h.dtype)
         bias = None if self.bias is None else self.bias.to(h.dtype)
-        return F.group_norm(h, self.num_groups, weight, bias, self.eps).to(x.dtype)
+        h = F.group_norm(h, self.num_groups, weight, bias, self.eps).to(x.dtype)
+        # A GPU's kernels of some PyTorch versions answer in the default layout, which what follows would read askew.
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            h = h.contiguous(memory_format=torch.channels_last)
+        return h
 
 
 def normalization(channels: int) -> GroupNorm:

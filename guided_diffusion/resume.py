@@ -151,9 +151,13 @@ def to_cpu(tree: Any) -> Any:
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`optimizer.load_state_dict`, with every average in the memory layout of its parameter.
 
-    The fused kernels read both as flat memory: with layouts that differ they would pair the wrong elements.
+    The fused kernels read both as flat memory: with layouts that differ they would pair the wrong elements. Which
+    kernels are used stays as it was: a file of another program names none, and the default's would be slow.
     """
+    kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, kernels, strict=True):
+        group.update(kept)
     # ZeroRedundancyOptimizer keeps what it works with in an optimizer of its own, and a second copy beside it.
     sharded = hasattr(optimizer, "optim")
     if sharded:

@@ -65,4 +65,6 @@ class ImageNoise:
 
     def __call__(self) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        if torch.device(self.device).type == "cuda":  # pinned, it travels while the device is still busy
+            return noise.pin_memory().to(self.device, non_blocking=True)
         return noise.to(self.device)

@@ -92,7 +92,8 @@ class GuidedLayout:
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
         conditional, null = x.chunk(2)
-        if torch.is_grad_enabled():
+        # The compiler of some PyTorch versions gives up at an `out` that is channels-last.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.cat([self.conditional.modulate(norm, conditional), self.null.modulate(norm, null)])
         out = torch.empty_like(x)
         self.conditional.modulate(norm, conditional, out=out[: len(conditional)])

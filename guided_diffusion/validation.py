@@ -127,7 +127,8 @@ class Validation:
         for slots, batch in self._batches(mine):
             x_start, y = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
             t = [(2 * slot + 1) * self.diffusion.num_timesteps // (2 * len(self.indices)) for slot in slots]
-            noise = normals([stable_seed("validation", slot) for slot in slots], x_start.shape[1:], x_start.device)
+            # drawn on the CPU: a run that moves to another kind of device compares its losses
+            noise = normals([stable_seed("validation", slot) for slot in slots], x_start.shape[1:]).to(x_start.device)
             with evaluating(model, weights) as network:
                 terms = self.diffusion.training_losses(
                     network, x_start, torch.tensor(t, device=x_start.device), {"y": y}, noise

@@ -1,5 +1,7 @@
 """The golden numbers, sampling, training and resume on a GPU; skipped without one."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ pytestmark = [
 
 T = torch.tensor([17, 801])
 LABEL = np.arange(256).reshape(16, 16) // 64
-GPU = {"CUDA_VISIBLE_DEVICES": "0"}
+GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
 
 
 @pytest.mark.parametrize("case", CASES)

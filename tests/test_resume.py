@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+import torch
 from training_helpers import make_data, make_loop
 
 from guided_diffusion import checkpoints
 from guided_diffusion.checkpoints import CheckpointError
+from guided_diffusion.resume import load_optimizer_state
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,19 @@ def test_settings_of_every_group_that_changed_since_the_save_are_told(data, run,
     # Another loss: the lower number before is no better.
     assert checkpoints.read_manifest(str(logdir), 3)["measure"].endswith("variational bound")
     assert '"step": 3' in (logdir / "best.json").read_text()
+
+
+def test_the_optimizer_of_another_program_does_not_choose_the_kernels():
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    plain = torch.optim.AdamW([weight])
+    plain.step()
+    state = plain.state_dict()
+    for name in ("fused", "foreach"):
+        del state["param_groups"][0][name]  # as older PyTorch wrote it
+    fused = torch.optim.AdamW([weight], fused=True)
+    load_optimizer_state(fused, state)
+    assert fused.param_groups[0]["fused"] is True
+    assert torch.equal(fused.state[weight]["exp_avg"], plain.state[weight]["exp_avg"])
+    fused.step()
+    assert fused.state[weight]["step"] == 2
