@@ -27,11 +27,7 @@ case $size in
     batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;
   *) echo "error: SIZE is $size; choose cpu or gpu" >&2; exit 2 ;;
 esac
-case $predict in
-  v | xstart) prediction=(--predict_"$predict" True) ;;
-  eps) prediction=(--predict_v False) ;;
-  *) echo "error: PREDICT is $predict; choose v, xstart or eps" >&2; exit 2 ;;
-esac
+choose_prediction "$predict"
 if ! [[ $seed =~ ^[0-9]+$ ]]; then echo "error: SEED is $seed; give a whole number, 0 or more" >&2; exit 2; fi
 if ((steps % 24)); then echo "error: STEPS is $steps; give a multiple of 24 (its 4th, 6th and 8th part are used)" >&2; exit 2; fi
 interval=$((steps / 8))                            # a save falls on a quarter of the steps, which is compared

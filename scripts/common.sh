@@ -24,3 +24,11 @@ use_environment() { # use_environment EXTRAS, for example: use_environment mpi,t
   PATH="$(cd "$venv/bin" && pwd):$PATH"
   export PATH
 }
+
+choose_prediction() { # choose_prediction v|xstart|eps: the network's flags for it, in the array `prediction`
+  case $1 in
+    v | xstart) prediction=(--predict_"$1" True) ;;
+    eps) prediction=(--predict_v False) ;;
+    *) echo "error: PREDICT is $1; choose v, xstart or eps" >&2; exit 2 ;;
+  esac
+}

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Trains, fine-tunes and samples SDM on an embedded data set of painted scenes: minutes on two CPU cores.
 # Everything goes to QUICKSTART (default OUTPUT/quickstart). Started again, it goes on where it was.
-# RANKS (2) processes train for STEPS (400) steps, and fine-tune for a quarter as many.
+# RANKS (2) processes train for STEPS (400) steps, and fine-tune for a quarter as many. PREDICT is what the network predicts:
+# v, the velocity (default); xstart, the image; or eps, the noise, as published.
 steps=${STEPS:-400}
 if ! [[ $steps =~ ^[1-9][0-9]*$ ]] || ((steps < 4)); then # a quarter of it fine-tunes, where 0 would be without end
   echo "error: STEPS is $steps; give a whole number, 4 at least (its 4th part is used)" >&2
   exit 2
 fi
 source "$(dirname "$0")/common.sh"
+choose_prediction "${PREDICT:-v}"
 use_environment mpi
 out=${QUICKSTART:-OUTPUT/quickstart}
 # one rank per GPU; without a GPU, two on the CPU
@@ -24,7 +26,7 @@ fi
 # Arrays, not text: QUICKSTART may hold spaces.
 model=(--data_dir "$data" --dataset_mode custom --num_classes 9 --no_instance True --class_cond True --image_size 32
   --num_channels 32 --channel_mult 1,2,2 --num_res_blocks 1 --attention_resolutions 8 --num_head_channels 32
-  --resblock_updown True --use_scale_shift_norm True --learn_sigma True --predict_v True)
+  --resblock_updown True --use_scale_shift_norm True --learn_sigma True "${prediction[@]}")
 training=(--batch_size $((ranks < 8 ? 8 / ranks : 1)) --ema_rate 0.98 --save_interval 100 --log_interval 20
   --keep_checkpoints 2)
 

@@ -123,6 +123,19 @@ def test_the_quickstarts_folder_may_have_a_space(tmp_path):
     assert not [word for command in launched for word in command if word.startswith(("a ", "folder"))]
 
 
+@pytest.mark.parametrize(("predict", "words"), [("v", "predict_v True"), ("xstart", "predict_xstart True"), ("x", "")])
+def test_the_quickstart_predicts_what_it_is_told(tmp_path, predict, words):
+    done, commands = shell(
+        "quickstart.sh", commands=tmp_path / "bin", PREDICT=predict, QUICKSTART=str(tmp_path / "out")
+    )
+    launched = [" ".join(command) for command in commands if command[0] == "mpiexec"]
+    if words:
+        assert len(launched) == 3 and all(f"--{words}" in command for command in launched)
+        assert not any(f"--predict_{'xstart' if predict == 'v' else 'v'} True" in command for command in launched)
+    else:
+        assert done.returncode == 2 and not commands and "choose v, xstart or eps" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["ade20k", "cityscapes", "celeba", "coco"])
 def test_the_folders_of_a_benchmark_may_have_a_space(tmp_path, script):
     folders = dict(DATA="my data", OUTPUT="my output", RESULTS="my results")
