@@ -1,8 +1,11 @@
-"""Draws pages of samples from a results folder: one sample of several layouts, or several samples of few layouts.
+r"""Draws pages of samples from a results folder: one sample of several layouts, or several samples of few layouts.
 
     python assets/make_samples.py --run OUTPUT/quickstart --results results --out assets/quickstart.png
     python assets/make_samples.py --run OUTPUT/camvid-cpu --results results/test --out assets/results.png
     python assets/make_samples.py --run OUTPUT/camvid-cpu --results results/several --out assets/diversity.png
+    python assets/make_samples.py --run OUTPUT/quickstart --results results --out assets/prediction.png \
+        --title "velocity predicted" --also "noise predicted" OUTPUT/quickstart-eps/results \
+        --also "image predicted" OUTPUT/quickstart-xstart/results
 
 Layouts are taken at equal distances in the order of their names. RUN holds the data set, in dataset_mode
 custom, and the results.
@@ -28,6 +31,17 @@ def main() -> None:
     parser.add_argument("--results", required=True, help="folder below it with images/, labels/ and samples/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layouts", type=int, help="how many (default: 8, or 3 with several samples each)")
+    parser.add_argument(
+        "--title", default="a sample of the layout above", help="of the samples, where there is one each"
+    )
+    parser.add_argument(
+        "--also",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("TITLE", "RESULTS"),
+        help="samples of another run below",
+    )
     parser.add_argument("--cell_height", type=int, default=144, help="of a picture on the page, in pixels")
     arguments = parser.parse_args()
     results = arguments.run / arguments.results
@@ -46,8 +60,14 @@ def main() -> None:
     samples = [[Image.open(results / folder / name) for name in names] for folder in folders]
     shared = dict(legend=legend, cell_height=arguments.cell_height)
     if len(folders) == 1:
-        titles = ["layout, not trained on", "the real image of it", "a sample of the layout above"]
-        page = contact_sheet([layouts, photographs, samples[0]], row_titles=titles, **shared)
+        titles = [
+            "layout, not trained on",
+            "the real image of it",
+            arguments.title,
+            *(also[0] for also in arguments.also),
+        ]
+        others = [[Image.open(Path(also[1]) / folders[0] / name) for name in names] for also in arguments.also]
+        page = contact_sheet([layouts, photographs, samples[0], *others], row_titles=titles, **shared)
     else:
         rows = [list(row) for row in zip(layouts, photographs, *samples, strict=True)]
         titles = ["layout", "real image", *(f"sample {i + 1}" for i in range(len(folders)))]
