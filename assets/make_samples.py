@@ -49,6 +49,8 @@ def main() -> None:
     names = sorted(path.name for path in (results / folders[0]).glob("*.png")) if folders else []
     if not names:
         parser.exit(1, f"error: {results} holds no samples; run the script that makes them first\n")
+    if len(folders) > 1 and arguments.also:
+        parser.exit(1, f"error: {results} holds several samples of a layout; --also goes with one of each\n")
     count = min(arguments.layouts or (8 if len(folders) == 1 else 3), len(names))
     names = [names[i * len(names) // count] for i in range(count)]
     spec = get_spec("custom", arguments.run / "data")
@@ -60,14 +62,11 @@ def main() -> None:
     samples = [[Image.open(results / folder / name) for name in names] for folder in folders]
     shared = dict(legend=legend, cell_height=arguments.cell_height)
     if len(folders) == 1:
-        titles = [
-            "layout, not trained on",
-            "the real image of it",
-            arguments.title,
-            *(also[0] for also in arguments.also),
-        ]
-        others = [[Image.open(Path(also[1]) / folders[0] / name) for name in names] for also in arguments.also]
-        page = contact_sheet([layouts, photographs, samples[0], *others], row_titles=titles, **shared)
+        rows = {"layout, not trained on": layouts, "the real image of it": photographs, arguments.title: samples[0]}
+        rows |= {
+            title: [Image.open(Path(other) / folders[0] / name) for name in names] for title, other in arguments.also
+        }
+        page = contact_sheet(list(rows.values()), row_titles=list(rows), **shared)
     else:
         rows = [list(row) for row in zip(layouts, photographs, *samples, strict=True)]
         titles = ["layout", "real image", *(f"sample {i + 1}" for i in range(len(folders)))]

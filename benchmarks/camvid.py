@@ -248,8 +248,8 @@ def plot(figures: dict, path: Path) -> None:
         if key == "feature_distance":
             axis.set_ylim(bottom=0)
         else:  # so that differences of a few tenths look as small as they are
-            middle = sum(axis.get_ylim()) / 2
-            axis.set_ylim(min(middle - 3, axis.get_ylim()[0]), max(middle + 3, axis.get_ylim()[1]))
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, (low + high) / 2 - 3), max(high, (low + high) / 2 + 3))
         axis.set_xlabel("seconds per image" if seconds else "time per image, shortest = 1")
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)

@@ -61,10 +61,10 @@ class ImageNoise:
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape = tuple(shape)
-        self.device = device
+        self.device = torch.device(device)
 
     def __call__(self) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-        if torch.device(self.device).type == "cuda":  # pinned, it travels while the device is still busy
+        if self.device.type == "cuda":  # pinned, it travels while the device is still busy
             return noise.pin_memory().to(self.device, non_blocking=True)
         return noise.to(self.device)

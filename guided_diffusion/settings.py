@@ -82,7 +82,7 @@ class ModelConfig:
                     f"{self.image_size}, so that no layer has this height"
                 )
             factor = self.image_size // resolution
-            if factor & (factor - 1):  # original: silently no attention there
+            if factor & (factor - 1):  # it would silently get no attention
                 raise ConfigError(
                     f"attention_resolutions {self.attention_resolutions!r}: heights halve from image_size "
                     f"{self.image_size} on, so that no layer has the height {resolution}"

@@ -119,7 +119,9 @@ class TrainLoop:
             self.distributed = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
         self.network: torch.nn.Module = self.distributed or self.model
         if config.compile:
-            if record["model"]["use_checkpoint"]:  # DDP's own division of the graph refuses what is recomputed
+            if (
+                self.distributed and record["model"]["use_checkpoint"]
+            ):  # DDP's own division of the graph refuses what is recomputed
                 torch._dynamo.config.optimize_ddp = False
             self.network = torch.compile(self.network)
         self.validation = None
