@@ -119,10 +119,8 @@ class TrainLoop:
             self.distributed = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
         self.network: torch.nn.Module = self.distributed or self.model
         if config.compile:
-            if (
-                self.distributed and record["model"]["use_checkpoint"]
-            ):  # DDP's own division of the graph refuses what is recomputed
-                torch._dynamo.config.optimize_ddp = False
+            if self.distributed is not None and record["model"]["use_checkpoint"]:
+                torch._dynamo.config.optimize_ddp = False  # DDP's division of the graph refuses what is recomputed
             self.network = torch.compile(self.network)
         self.validation = None
         self.validation_set = validation
