@@ -7,10 +7,11 @@ import dataclasses
 import os
 import sys
 
-from guided_diffusion import checkpoints, dist_util
+from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
-from guided_diffusion.sample_util import SampleRun, sampling_of, sampling_record
+from guided_diffusion.runs.sampling_run import SampleRun, sampling_of, sampling_record
+from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import build_config, parse_flags
 from guided_diffusion.settings import (
     ConfigError,
@@ -20,7 +21,7 @@ from guided_diffusion.settings import (
     SampleConfig,
     resolve_precision,
 )
-from guided_diffusion.stop_signals import EXIT_UNFINISHED
+from guided_diffusion.weights import store
 
 
 def main() -> int:
@@ -28,11 +29,11 @@ def main() -> int:
     flags = parse_flags(classes, description=__doc__)
     world = dist_util.setup()
     with dist_util.report_errors(
-        world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, checkpoints.CheckpointError)
+        world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, store.CheckpointError)
     ):
         config = build_config(SampleConfig, flags)
         config.check()
-        recorded = checkpoints.read_config(config.model_path)
+        recorded = store.read_config(config.model_path)
         data = build_config(DataConfig, flags, recorded and recorded["data"])
         settings = {
             name: value

@@ -10,9 +10,10 @@ import sys
 import torch
 
 from guided_diffusion import dist_util
-from guided_diffusion.checkpoints import CheckpointError, recorded_config
-from guided_diffusion.dataset_specs import DataError, get_spec, read_dataset_json
+from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
+from guided_diffusion.runs.splits import open_splits
+from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import build_config, create_model, parse_flags
 from guided_diffusion.settings import (
     ConfigError,
@@ -22,9 +23,8 @@ from guided_diffusion.settings import (
     TrainConfig,
     resolve_precision,
 )
-from guided_diffusion.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.train_util import TrainingDiverged, TrainLoop
-from guided_diffusion.training_data import open_splits
+from guided_diffusion.weights.store import CheckpointError, recorded_config
 
 
 def main() -> int:

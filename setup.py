@@ -1,6 +1,6 @@
 import pathlib
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TEST_PEERS = [
     "pytorch-fid",
@@ -14,13 +14,13 @@ TEST_PEERS = [
 
 setup(
     name="semantic-diffusion-model",
-    version="0.1.0",
+    version="0.2.0",
     description="SDM: Semantic Image Synthesis via Diffusion Models (arXiv 2207.00050) in PyTorch",
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
-    packages=["guided_diffusion"],
-    package_data={"guided_diffusion": ["palettes/*.csv"]},
+    packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
+    package_data={"guided_diffusion": ["py.typed", "data/palettes/*.csv"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts" / room) for room in ("data", "scenes")]
 from make_scenes import draw  # noqa: E402
 from preparation import replacing  # noqa: E402
 from scene_painting import CLASSES  # noqa: E402

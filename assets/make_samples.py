@@ -17,10 +17,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
 from guided_diffusion.dataset_specs import get_spec
 from guided_diffusion.pictures import colorize, contact_sheet, save_png
+from PIL import Image
 
 SAMPLES = 6
 

@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "data"))
 from cache_dataset import build_cache
 
+from guided_diffusion.data.transforms import read_image, read_instances, read_label
+from guided_diffusion.hosts.parallel import available_cores
 from guided_diffusion.image_datasets import LayoutDataset, open_dataset, training_batches
-from guided_diffusion.image_transforms import read_image, read_instances, read_label
-from guided_diffusion.parallel import available_cores
 
 # name: (mode, width, height, image size of the training run, photographs' format)
 SIZES = {

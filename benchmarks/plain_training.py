@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from guided_diffusion.conditioning import instance_edges
 from guided_diffusion.fp16_util import global_norm
 from guided_diffusion.image_datasets import LayoutDataset, training_batches
+from guided_diffusion.layouts.encode import instance_edges, to_network
+from guided_diffusion.layouts.spade import Layout, SPADEGroupNorm
 from guided_diffusion.nn import timestep_embedding, update_ema
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.settings import DiffusionConfig, ModelConfig
-from guided_diffusion.spade import Layout, SPADEGroupNorm
 from guided_diffusion.unet import AttentionBlock, UNetModel
-from guided_diffusion.validation import to_network
 
 # In the order in which they are added; the descriptions stand in the table.
 IMPROVEMENTS = {

@@ -25,11 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from guided_diffusion.conditioning import encode_label_map
+from guided_diffusion.layouts.encode import encode_label_map
+from guided_diffusion.layouts.spade import GuidedLayout, SPADEGroupNorm
 from guided_diffusion.pipeline import Sampling, SDMPipeline
 from guided_diffusion.script_util import create_model
 from guided_diffusion.settings import DiffusionConfig, ModelConfig
-from guided_diffusion.spade import GuidedLayout, SPADEGroupNorm
 from guided_diffusion.unet import AttentionBlock, UNetModel
 
 CLASSES = 151

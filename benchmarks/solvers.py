@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.dataset_specs import get_spec
-from guided_diffusion.pictures import colorize, contact_sheet, save_png
+from guided_diffusion.data.specs import get_spec
+from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = [
@@ -47,7 +47,7 @@ def sample(model: Path, results: Path, sampler: str, steps: int, layouts: int) -
 def adherence(results: Path, data: Path) -> dict:
     """The figures of score_scenes.py."""
     path = results / "figures.json"
-    command = [sys.executable, str(ROOT / "scripts" / "score_scenes.py"), str(results), "--data", str(data)]
+    command = [sys.executable, str(ROOT / "scripts" / "scenes" / "score_scenes.py"), str(results), "--data", str(data)]
     subprocess.run([*command, "--json", str(path)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return json.loads(path.read_text())
 

@@ -229,7 +229,7 @@ def measure(keys: list[str], args: argparse.Namespace, data: Path) -> tuple[dict
 def distinct_shares(folder: Path, side: int, images: int = 16, batch_size: int = 4) -> list[float]:
     """Of the 5x5 neighbourhoods in batches of a folder's label maps, how many are distinct: at `side` pixels, and at a
     half, a quarter and an eighth of that. Edges are those between classes."""
-    from guided_diffusion.conditioning import instance_edges
+    from guided_diffusion.layouts.encode import instance_edges
 
     files = sorted(folder.rglob("*.png"))
     if not files:

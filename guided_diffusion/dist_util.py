@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from .addresses import interface_towards, routable_address, slurm_address
-from .rank_monitor import RankMonitor, RemoteError
+from .hosts.addresses import interface_towards, routable_address, slurm_address
+from .hosts.rank_monitor import RankMonitor, RemoteError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)  # a save or a validation on one rank may keep the others waiting
 CONTROL_TIMEOUT = datetime.timedelta(days=7)

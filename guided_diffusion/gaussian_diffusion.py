@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import samplers
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .sampling import solvers
 
 Model = Callable[..., torch.Tensor]
 ModelArguments = dict[str, Any]
@@ -275,14 +275,14 @@ class GaussianDiffusion:
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields each step's `sample` and `pred_xstart`, from noise to image; `samplers.sample_loop` has the rest of
+        """Yields each step's `sample` and `pred_xstart`, from noise to image; `solvers.sample_loop` has the rest of
         the arguments. `shape` and `device` matter where `noise` is not given."""
         if noise is None:
             if device is None:
                 parameters = getattr(model, "parameters", lambda: iter(()))()
                 device = next((p.device for p in parameters), torch.device("cpu"))
             noise = torch.randn(*shape, device=device)
-        return samplers.sample_loop(self, model, noise, **kwargs)
+        return solvers.sample_loop(self, model, noise, **kwargs)
 
     # -- training -----------------------------------------------------------------------------------------------------
 

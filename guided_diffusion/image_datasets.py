@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset_specs import DataError, DatasetSpec, MissingSplitError, get_spec
-from .image_listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
-from .image_transforms import (
+from .data.listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
+from .data.specs import DataError, DatasetSpec, MissingSplitError, get_spec
+from .data.transforms import (
     Geometry,
     check_sizes,
     read_image,

@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import checkpoints
-from .conditioning import encode_label_map
+from .data.transforms import open_map
 from .fp16_util import PRECISIONS
-from .host_memory import available_memory
-from .image_transforms import open_map
+from .hosts.memory import available_memory
+from .layouts.encode import encode_label_map, to_uint8
+from .layouts.spade import GuidedLayout, Layout
 from .respace import SpacedDiffusion
-from .samplers import SAMPLERS, dynamic_thresholding, sample_loop
+from .sampling.solvers import SAMPLERS, dynamic_thresholding, sample_loop
 from .script_util import build_config, create_gaussian_diffusion, create_model
 from .seeding import ImageNoise, stable_seed, whole_number
 from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, auto_choice, resolve_precision
-from .spade import GuidedLayout, Layout
 from .unet import UNetModel
-from .validation import to_uint8
+from .weights import store
 
 MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselves need nearly as much
 
@@ -125,18 +124,18 @@ class SDMPipeline:
         :raises ConfigError: a contradiction, an unknown setting. :raises CheckpointError: a damaged or other file.
         """
         path = os.fspath(path)  # text from here on: a checkpoint may be a URL, too
-        recorded = checkpoints.read_config(path)
+        recorded = store.read_config(path)
         known = {field.name for cls in (ModelConfig, DiffusionConfig) for field in dataclasses.fields(cls)}
         if unknown := settings.keys() - known:
             raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
-        source = f"{checkpoints.CONFIG_NAME} beside {path}"
+        source = f"{store.CONFIG_NAME} beside {path}"
         model_config = build_config(ModelConfig, settings, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, settings, recorded and recorded["diffusion"], source)
         precision = resolve_precision(precision, "use_fp16" in settings and model_config.use_fp16)
-        weights = checkpoints.load_weights(path)
+        weights = store.load_weights(path)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
-        checkpoints.load_state_into(model, weights, path)
+        store.load_state_into(model, weights, path)
         return cls(
             model,
             model_config,

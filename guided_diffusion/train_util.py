@@ -15,22 +15,31 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from . import checkpoints
 from .dist_util import World
 from .fp16_util import PRECISIONS, MixedPrecisionTrainer, StepResult, global_norm
-from .host_memory import keep_freed_memory
+from .hosts.memory import keep_freed_memory
 from .image_datasets import LayoutDataset, balance_weights, training_batches
+from .layouts.encode import to_network
 from .logger import Averages, Logger, progress_bar
 from .nn import update_ema
-from .pictures import save_png
 from .resample import create_schedule_sampler
-from .resume import Start, changed_settings, check_base, collect_sharded_state, find_start, load_optimizer_state, to_cpu
+from .runs.pictures import save_png
+from .runs.resume import (
+    Start,
+    changed_settings,
+    check_base,
+    collect_sharded_state,
+    find_start,
+    load_optimizer_state,
+    to_cpu,
+)
+from .runs.stop_signals import StopSignals
+from .runs.validation import PREVIEW_SCALE, Validation, ValidationFailed, preview_page
 from .script_util import create_gaussian_diffusion
 from .seeding import normals, stable_seed, uniforms
 from .settings import ConfigError, DiffusionConfig, TrainConfig, resolve_precision
-from .stop_signals import StopSignals
 from .unet import UNetModel
-from .validation import PREVIEW_SCALE, Validation, ValidationFailed, preview_page, to_network
+from .weights import store
 
 PREVIEW_STEPS = 20
 
@@ -148,14 +157,14 @@ class TrainLoop:
         """:raises CheckpointError: another run has it, or it cannot be written."""
         with self._writing_log_directory():
             os.makedirs(self.logdir, exist_ok=True)
-            self._lock = self._lock or checkpoints.lock(self.logdir)
+            self._lock = self._lock or store.lock(self.logdir)
 
     @contextlib.contextmanager
     def _writing_log_directory(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise checkpoints.CheckpointError(
+            raise store.CheckpointError(
                 f"cannot write to the log directory {self.logdir} ({error}): give another --logdir"
             ) from error
 
@@ -171,7 +180,7 @@ class TrainLoop:
         """The network's weights and its EMAs, in the memory layout of the weights."""
         state = self.world.on_main(self.start.read_model)
         if state is not None:
-            checkpoints.load_state_into(self.model, state, self.start.model)
+            store.load_state_into(self.model, state, self.start.model)
         elif self.world.size > 1:  # the seed gives every rank the same weights; make sure of it
             self.model.load_state_dict(self.world.broadcast_tree(to_cpu(self.model.state_dict())))
         del state  # a copy in every rank
@@ -193,7 +202,7 @@ class TrainLoop:
         try:
             load_optimizer_state(self.optimizer, optimizer)
         except (KeyError, ValueError) as error:
-            raise checkpoints.CheckpointError(
+            raise store.CheckpointError(
                 f"{self.start.optimizer} does not fit the network that the flags describe ({error}); "
                 "start from model.pt instead, which needs no optimizer"
             ) from error
@@ -210,14 +219,14 @@ class TrainLoop:
         """Everything that could be refused has been checked: from here on there are files. On rank 0."""
         self._take_log_directory()
         with self._writing_log_directory():
-            checkpoints.remove_leftovers(self.logdir)
+            store.remove_leftovers(self.logdir)
             self.logger.open(self.step)
         if self.start.continues:  # the run may have been killed between writing the set and publishing it
             if changes := changed_settings(self.logdir, self.record):
                 self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
-            manifest = checkpoints.read_manifest(self.logdir, self.step)
+            manifest = store.read_manifest(self.logdir, self.step)
             losses, measure = manifest["validation_loss"], manifest.get("measure")
-            checkpoints.publish_set(self.logdir, self.step, list(self.start.emas), losses, measure)
+            store.publish_set(self.logdir, self.step, list(self.start.emas), losses, measure)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -341,7 +350,7 @@ class TrainLoop:
         self.bad_steps += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row >= self.config.max_bad_steps:
-            good = "there is none" if self.saved_step is None else checkpoints.model_name(self.saved_step)
+            good = "there is none" if self.saved_step is None else store.model_name(self.saved_step)
             raise TrainingDiverged(
                 f"{self.bad_in_a_row} steps in a row had a loss or gradient that is not finite (at step {self.step}). "
                 f"Last good checkpoint in {self.logdir}: {good}. Try a lower --lr, --max_grad_norm 1, or bf16."
@@ -433,7 +442,7 @@ class TrainLoop:
             self.optimizer._all_state_dicts = []  # it has served
         self.saved_step = self.step
         if not measure_first and (val_losses := self._validation_losses()):
-            self.world.on_main(lambda: checkpoints.add_losses(self.logdir, self.step, list(self.emas), val_losses))
+            self.world.on_main(lambda: store.add_losses(self.logdir, self.step, list(self.emas), val_losses))
 
     def _validation_losses(self) -> dict[str, float]:
         """By EMA rate; empty where there is nothing to measure on, or it failed. A collective."""
@@ -456,18 +465,18 @@ class TrainLoop:
             "bad_in_a_row": self.bad_in_a_row,
         }
         # Functions: one file's content at a time is copied from the device.
-        contents = {checkpoints.model_name(step): lambda: to_cpu(self.model.state_dict())}
+        contents = {store.model_name(step): lambda: to_cpu(self.model.state_dict())}
         for rate in self.emas:
-            contents[checkpoints.ema_name(rate, step)] = lambda rate=rate: to_cpu(self._named(rate))
-        contents[checkpoints.optimizer_name(step)] = lambda: {
+            contents[store.ema_name(rate, step)] = lambda rate=rate: to_cpu(self._named(rate))
+        contents[store.optimizer_name(step)] = lambda: {
             **to_cpu(self.optimizer.state_dict()), "trainer": trainer,
         }  # fmt: skip
         manifest = {"samples_seen": self.samples_seen, "world_size": self.world.size, "validation_loss": val_losses}
         manifest["measure"] = measure = self.validation.measure if self.validation is not None else None
-        checkpoints.write_json(os.path.join(folder, checkpoints.CONFIG_NAME), self.record)
-        checkpoints.save_set(folder, step, contents, manifest)
-        best = checkpoints.publish_set(folder, step, list(self.emas), val_losses, measure)
-        checkpoints.prune(folder, self.config.keep_checkpoints, step)
+        store.write_json(os.path.join(folder, store.CONFIG_NAME), self.record)
+        store.save_set(folder, step, contents, manifest)
+        best = store.publish_set(folder, step, list(self.emas), val_losses, measure)
+        store.prune(folder, self.config.keep_checkpoints, step)
         figures = ", ".join(f"EMA {rate}: {loss:.5f}" for rate, loss in val_losses.items())
         self.logger.log(
             f"saved step {step} in {folder}" + (f"; validation loss of {figures}" if figures else "")

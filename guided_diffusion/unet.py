@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .layouts.spade import GuidedLayout, Layout, Modulation, SPADEGroupNorm
 from .nn import Conv2d, Linear, PointwiseConv1d, normalization, timestep_embedding, zero_module
-from .spade import GuidedLayout, Layout, Modulation, SPADEGroupNorm
 
 
 class Upsample(nn.Module):

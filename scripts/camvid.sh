@@ -2,7 +2,7 @@
 # CamVid from scratch: trains, fine-tunes with label drop, samples, scores, compares settings, draws the pictures.
 #   CAMVID=path/to/CamVid bash scripts/camvid.sh            the CPU's size: 64x48 pixels, some two hours on two cores
 #   CAMVID=path/to/CamVid SIZE=gpu bash scripts/camvid.sh   192x144 pixels; made for one H100 (not run yet)
-# CAMVID is the folder of the data (scripts/prepare_camvid.py tells its layout). Everything goes to OUT (OUTPUT/camvid-cpu or
+# CAMVID is the folder of the data (scripts/data/prepare_camvid.py tells its layout). Everything goes to OUT (OUTPUT/camvid-cpu or
 # OUTPUT/camvid-gpu; with another PREDICT or SEED that is part of the name). Started again, it goes on where it was.
 # STEPS and RANKS change the length of training and the number of processes, PREDICT what the network predicts: v, the
 # velocity; xstart, the image; or eps, the noise, as published. SEED (0) is that of the generator's trainings; the
@@ -34,8 +34,8 @@ interval=$((steps / 8))                            # a save falls on a quarter o
 launcher=$([ "$ranks" = 1 ] || echo mpiexec -n "$ranks") # one process needs no MPI
 data=$out/data segmenter=$out/segmenter.pt results=$out/results
 
-python scripts/prepare_camvid.py --source "$camvid" --out "$data"
-python scripts/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 6
+python scripts/data/prepare_camvid.py --source "$camvid" --out "$data"
+python scripts/data/prepare_camvid.py --source "$camvid" --out "$out/subset" --every 6
 
 # As published but for the size, the rates and the augmentation that go with it, and two flags: the velocity, which so
 # short a training draws with more detail than the image; and no learned variance, which the solver used here does not need.

@@ -18,7 +18,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # one thread per rank: the ranks ar
 
 data=$out/data results=$out/results
 if [ ! -e "$data/dataset.json" ]; then
-  python scripts/make_scenes.py --out "$data" --size 32 --train 1000 --val 64
+  python scripts/scenes/make_scenes.py --out "$data" --size 32 --train 1000 --val 64
 fi
 
 # The published settings, in small and with the rates of a short training, but for one: the network predicts the velocity
@@ -40,7 +40,7 @@ echo "3/4  sampling with guidance: $results"
 mpiexec -n "$ranks" python image_sample.py "${model[@]}" --model_path "$out/finetune/ema_0.98_best.pt" \
   --results_path "$results" --batch_size 16 --num_samples 64 --s 1.5 --sampler dpmsolver++ --num_steps 20
 echo "4/4  scoring"
-python scripts/score_scenes.py "$results" --data "$data" --json "$out/figures.json"
+python scripts/scenes/score_scenes.py "$results" --data "$data" --json "$out/figures.json"
 
 cat <<END
 

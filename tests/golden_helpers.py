@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import torch
 
-from guided_diffusion.conditioning import encode_label_map
+from guided_diffusion.layouts.encode import encode_label_map
 from guided_diffusion.script_util import create_model_and_diffusion
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

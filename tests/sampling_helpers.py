@@ -11,9 +11,9 @@ import sys
 import torch
 from golden_helpers import load_formula_weights
 
-from guided_diffusion import checkpoints
 from guided_diffusion.script_util import create_model
 from guided_diffusion.settings import DataConfig, DiffusionConfig, ModelConfig
+from guided_diffusion.weights import store
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(
@@ -40,7 +40,7 @@ def save_checkpoint(folder: pathlib.Path, data_dir: pathlib.Path, model: ModelCo
     data = DataConfig(data_dir=str(data_dir), dataset_mode="custom", num_workers=0)
     record = {"model": model, "diffusion": DIFFUSION, "data": data}
     record = {key: dataclasses.asdict(value) for key, value in record.items()}
-    checkpoints.write_json(str(folder / "config.json"), record | recorded)
+    store.write_json(str(folder / "config.json"), record | recorded)
     return str(path)
 
 

@@ -10,9 +10,9 @@ from evaluation_helpers import load_script
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from guided_diffusion.dataset_specs import get_spec
+from guided_diffusion.data.specs import get_spec
+from guided_diffusion.data.transforms import read_image, read_instances, read_label
 from guided_diffusion.image_datasets import DataError, open_dataset
-from guided_diffusion.image_transforms import read_image, read_instances, read_label
 
 label_maps = load_script("label_maps")
 

@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import sampling  # noqa: E402
 import training  # noqa: E402
 
-from guided_diffusion.conditioning import encode_label_map  # noqa: E402
+from guided_diffusion.layouts.encode import encode_label_map  # noqa: E402
 from guided_diffusion.script_util import ModelConfig  # noqa: E402
 
 CONFIG = ModelConfig(

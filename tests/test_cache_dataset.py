@@ -12,7 +12,7 @@ from guided_diffusion.image_datasets import DataError, MissingSplitError, open_d
 
 def run(data, mode, cache, image_size, *more):
     options = ("--data_dir", data, "--dataset_mode", mode, "--cache_dir", cache, "--image_size", image_size, *more)
-    return run_script("scripts/cache_dataset.py", *options)
+    return run_script("scripts/data/cache_dataset.py", *options)
 
 
 def assert_same_pixels(first, second):

@@ -13,7 +13,7 @@ from data_helpers import write_custom
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "scripts" / "data"), str(ROOT / "benchmarks")]
 
 import camvid  # noqa: E402
 import segmenter  # noqa: E402

@@ -11,9 +11,9 @@ import sys
 import pytest
 import torch
 
-from guided_diffusion import checkpoints
-from guided_diffusion.checkpoints import CheckpointError
-from guided_diffusion.resume import find_start
+from guided_diffusion.runs.resume import find_start
+from guided_diffusion.weights import store
+from guided_diffusion.weights.store import CheckpointError
 
 RATES = ["0.9"]
 
@@ -21,30 +21,30 @@ RATES = ["0.9"]
 def save(folder, step, size=100, losses=None, measure=None):
     """A set whose tensors hold the number of the step; published, as the training loop does it."""
     contents = {
-        checkpoints.model_name(step): lambda: {"w": torch.full((size,), float(step))},
-        checkpoints.ema_name("0.9", step): lambda: {"w": torch.full((size,), -float(step))},
-        checkpoints.optimizer_name(step): lambda: {"state": {}},
+        store.model_name(step): lambda: {"w": torch.full((size,), float(step))},
+        store.ema_name("0.9", step): lambda: {"w": torch.full((size,), -float(step))},
+        store.optimizer_name(step): lambda: {"state": {}},
     }
     manifest = {"samples_seen": 4 * step, "world_size": 1, "validation_loss": losses or {}}
-    checkpoints.save_set(str(folder), step, contents, manifest)
-    return checkpoints.publish_set(str(folder), step, RATES, losses or {}, measure)
+    store.save_set(str(folder), step, contents, manifest)
+    return store.publish_set(str(folder), step, RATES, losses or {}, measure)
 
 
 def newest(folder) -> tuple[int | None, list[str]]:
     warnings: list[str] = []
-    manifest = checkpoints.newest_complete(str(folder), warnings.append)
+    manifest = store.newest_complete(str(folder), warnings.append)
     return manifest and manifest["step"], warnings
 
 
 def value(path) -> float:
-    return float(checkpoints.load_weights(str(path))["w"][0])
+    return float(store.load_weights(str(path))["w"][0])
 
 
 @pytest.mark.parametrize("step,name", [(10, "model000010.pt"), (1234567, "model1234567.pt")])
 def test_names(step, name):
-    assert checkpoints.model_name(step) == name
-    assert checkpoints.step_of(f"some/where/{name}") == step
-    assert checkpoints.step_of("some/where/model.pt") is None
+    assert store.model_name(step) == name
+    assert store.step_of(f"some/where/{name}") == step
+    assert store.step_of("some/where/model.pt") is None
 
 
 def test_the_newest_set_is_found(tmp_path):
@@ -122,13 +122,13 @@ def test_a_set_that_a_kill_cut_short_is_removed_and_others_files_are_not(tmp_pat
 
     code = """
 import os, sys
-from guided_diffusion import checkpoints
+from guided_diffusion.weights import store
 contents = {"model000010.pt": dict, "opt000010.pt": lambda: os._exit(9)}
-checkpoints.save_set(sys.argv[1], 10, contents, {})
+store.save_set(sys.argv[1], 10, contents, {})
 """
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
     assert (tmp_path / "model000010.pt").exists()
-    checkpoints.remove_leftovers(str(tmp_path))
+    store.remove_leftovers(str(tmp_path))
     assert listing(tmp_path) == before
 
 
@@ -141,7 +141,7 @@ def test_a_save_that_fails_in_any_way_leaves_nothing_of_its_set(tmp_path, error)
         raise error
 
     with pytest.raises(error):
-        checkpoints.save_set(str(tmp_path), 10, {"model000010.pt": dict, "opt000010.pt": fail}, {})
+        store.save_set(str(tmp_path), 10, {"model000010.pt": dict, "opt000010.pt": fail}, {})
     assert listing(tmp_path) == before
 
 
@@ -172,13 +172,13 @@ def test_a_sync_that_fails_at_any_point_leaves_a_complete_set(tmp_path, monkeypa
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")  # root may write to any folder, but not into a file
     with pytest.raises(CheckpointError, match=r"cannot write .*file/config\.json"):
-        checkpoints.write_json(str(tmp_path / "file" / "config.json"), {})
+        store.write_json(str(tmp_path / "file" / "config.json"), {})
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in ((5, 0.5), (10, 0.1), (15, 0.3), (20, 0.2)):
         save(tmp_path, step, losses={"0.9": loss})
-        checkpoints.prune(str(tmp_path), 2, step)
+        store.prune(str(tmp_path), 2, step)
     kept = sorted(name for name in os.listdir(tmp_path) if name.startswith("model"))
     assert kept == ["model.pt", "model000015.pt", "model000020.pt"]
     assert value(tmp_path / "ema_0.9_best.pt") == -10
@@ -191,10 +191,10 @@ def test_a_kill_while_pruning_leaves_nothing_for_long(tmp_path, monkeypatch):
         save(tmp_path, step)
     monkeypatch.setattr(os, "remove", lambda path: (_ for _ in ()).throw(SystemExit("killed")))
     with pytest.raises(SystemExit):
-        checkpoints.prune(str(tmp_path), 1, 10)
+        store.prune(str(tmp_path), 1, 10)
     monkeypatch.undo()
     assert (tmp_path / "model000005.pt").exists()
-    checkpoints.remove_leftovers(str(tmp_path))
+    store.remove_leftovers(str(tmp_path))
     assert not [name for name in os.listdir(tmp_path) if "000005" in name]
     assert newest(tmp_path) == (10, [])
 
@@ -204,7 +204,7 @@ def test_prune_never_trades_a_whole_set_for_a_damaged_one(tmp_path):
         save(tmp_path, step)
     truncate(tmp_path / "model000010.pt")
     save(tmp_path, 7)  # continued at 5, saved at 7
-    checkpoints.prune(str(tmp_path), 1, 7)
+    store.prune(str(tmp_path), 1, 7)
     assert newest(tmp_path)[0] == 7
 
 
@@ -218,7 +218,7 @@ def test_publishing_again_changes_nothing(tmp_path, monkeypatch, links):
         monkeypatch.setattr(os, "link", link)
     assert save(tmp_path, 5, losses={"0.9": 1.0}) == ["0.9"]
     before = listing(tmp_path)
-    assert checkpoints.publish_set(str(tmp_path), 5, RATES, {"0.9": 1.0}) == []
+    assert store.publish_set(str(tmp_path), 5, RATES, {"0.9": 1.0}) == []
     assert listing(tmp_path) == before
 
 
@@ -242,7 +242,7 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     save(tmp_path, 5)
     before = listing(tmp_path)
     (tmp_path / "model000010.pt.tmp4711").write_text("half")
-    checkpoints.remove_leftovers(str(tmp_path))
+    store.remove_leftovers(str(tmp_path))
     assert listing(tmp_path) == before
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.pt is not a whole checkpoint"):
-        checkpoints.load(str(path))
+        store.load(str(path))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -265,21 +265,21 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"w": Evil()}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError):
-        checkpoints.load(str(tmp_path / "model.pt"))
+        store.load(str(tmp_path / "model.pt"))
     assert not (tmp_path / "was-here").exists()
 
 
 def test_an_optimizer_file_is_not_taken_for_weights(tmp_path):
     save(tmp_path, 5)
     with pytest.raises(CheckpointError, match=r"opt000005\.pt does not hold a network's state dict"):
-        checkpoints.load_weights(str(tmp_path / "opt000005.pt"))
+        store.load_weights(str(tmp_path / "opt000005.pt"))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": 1, "diffusion": {}}'])
 def test_a_config_that_is_none_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json is not the config of a training run"):
-        checkpoints.read_config(str(tmp_path / "model.pt"))
+        store.read_config(str(tmp_path / "model.pt"))
 
 
 def start(logdir, resume="", **options):
@@ -340,9 +340,9 @@ def test_a_set_without_a_loss_is_not_the_best_of_measured_ones(tmp_path):
 def test_losses_may_be_measured_after_the_save(tmp_path):
     save(tmp_path, 10, losses={"0.9": 0.4})
     save(tmp_path, 15, losses={})
-    checkpoints.add_losses(str(tmp_path), 15, RATES, {"0.9": 0.3})
+    store.add_losses(str(tmp_path), 15, RATES, {"0.9": 0.3})
     assert newest(tmp_path) == (15, [])
-    assert checkpoints.read_manifest(str(tmp_path), 15)["validation_loss"] == {"0.9": 0.3}
+    assert store.read_manifest(str(tmp_path), 15)["validation_loss"] == {"0.9": 0.3}
     assert value(tmp_path / "ema_0.9_best.pt") == -15
 
 
@@ -354,8 +354,8 @@ def test_a_colon_in_a_name_is_no_url(tmp_path, monkeypatch):
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    code = "import sys; from guided_diffusion import checkpoints; checkpoints.lock(sys.argv[1])"
-    held = checkpoints.lock(str(tmp_path))
+    code = "import sys; from guided_diffusion import checkpoints; store.lock(sys.argv[1])"
+    held = store.lock(str(tmp_path))
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 1 and f"in use by another run (process {os.getpid()} on" in result.stderr
     held.close()

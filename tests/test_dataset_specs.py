@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from guided_diffusion.dataset_specs import DataError, distinct_colors, get_spec, read_classes
+from guided_diffusion.data.specs import DataError, distinct_colors, get_spec, read_classes
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps, trailing_timesteps
-from guided_diffusion.samplers import SAMPLERS, dynamic_thresholding, sample_loop
+from guided_diffusion.sampling.solvers import SAMPLERS, dynamic_thresholding, sample_loop
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.seeding import ImageNoise
 from guided_diffusion.settings import ConfigError, DiffusionConfig

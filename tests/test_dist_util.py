@@ -13,9 +13,10 @@ import pytest
 import torch.distributed as dist
 from training_helpers import finish, launch, wait_for
 
-from guided_diffusion import addresses, dist_util, rank_monitor
+from guided_diffusion import dist_util
 from guided_diffusion.dist_util import World
-from guided_diffusion.rank_monitor import RankMonitor
+from guided_diffusion.hosts import addresses, rank_monitor
+from guided_diffusion.hosts.rank_monitor import RankMonitor
 
 TALK = """
 import sys, torch
@@ -92,7 +93,9 @@ dist_util.setup()
 
 SLEEP = """
 import sys, time
-from guided_diffusion import addresses, dist_util, rank_monitor
+from guided_diffusion import dist_util
+from guided_diffusion.hosts import addresses
+from guided_diffusion.hosts import rank_monitor
 rank_monitor.BEAT_SECONDS, rank_monitor.DEAD_AFTER_SECONDS = 0.2, 2.0
 world = dist_util.setup()
 with world.guard():

@@ -9,13 +9,13 @@ import pytest
 import torch
 from golden_helpers import CASES, GOLDEN, golden_case, load_formula_weights, normal
 
-from guided_diffusion.conditioning import encode_label_map, instance_edges
 from guided_diffusion.fp16_util import MixedPrecisionTrainer, global_norm
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
+from guided_diffusion.layouts.encode import encode_label_map, instance_edges
+from guided_diffusion.layouts.spade import GuidedLayout
 from guided_diffusion.nn import update_ema
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.spade import GuidedLayout
 
 # float32 rounding through some hundred layers; the values are of order 1
 CLOSE = dict(rtol=1e-4, atol=1e-4)

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from guided_diffusion import host_memory
-from guided_diffusion.host_memory import keep_freed_memory
+from guided_diffusion.hosts import memory
+from guided_diffusion.hosts.memory import keep_freed_memory
 
 STEPS = """
 import ctypes, resource, sys
-from guided_diffusion.host_memory import keep_freed_memory
+from guided_diffusion.hosts.memory import keep_freed_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 if sys.argv[1] == "keep":
@@ -73,4 +73,4 @@ def test_a_containers_memory_counts_not_its_hosts(tmp_path, groups, files, left)
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{content}\n")
-    assert host_memory._free_in_group(str(tmp_path), str(tmp_path / "own")) == left
+    assert memory._free_in_group(str(tmp_path), str(tmp_path / "own")) == left

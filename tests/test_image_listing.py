@@ -9,9 +9,9 @@ import pytest
 import torch
 from data_helpers import run_script, save, write_benchmark, write_custom
 
-from guided_diffusion.dataset_specs import DataError, MissingSplitError, get_spec
+from guided_diffusion.data.listing import list_items, list_label_items, unread_files
+from guided_diffusion.data.specs import DataError, MissingSplitError, get_spec
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.image_listing import list_items, list_label_items, unread_files
 
 IDS = np.zeros((4, 4), dtype=np.uint8)
 PHOTOGRAPH = np.zeros((4, 4, 3), dtype=np.uint8)
@@ -194,7 +194,7 @@ def test_a_bucket_reads_like_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(blobfile, "stat", lambda path: stat(local(path)))
     options = ("--dataset_mode", "custom", "--cache_dir", tmp_path / "cache", "--image_size", 8, "--workers", 1)
     for written in (3, 0, 1):
-        result = run_script("scripts/cache_dataset.py", "--data_dir", "gs://bucket/set", *options)
+        result = run_script("scripts/data/cache_dataset.py", "--data_dir", "gs://bucket/set", *options)
         assert f"train: {written} of 3 written" in result.stdout, result.stderr
         if not written:
             save(tmp_path / "set/train/labels/scene1.png", np.zeros((30, 40), np.uint8))

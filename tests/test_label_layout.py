@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import label_layout
-from guided_diffusion.conditioning import drop_layouts, encode_label_map, instance_edges
-from guided_diffusion.label_layout import LabelLayout
-from guided_diffusion.spade import Layout, SPADEGroupNorm
+from guided_diffusion.layouts import lookup
+from guided_diffusion.layouts.encode import drop_layouts, encode_label_map, instance_edges
+from guided_diffusion.layouts.lookup import LabelLayout
+from guided_diffusion.layouts.spade import Layout, SPADEGroupNorm
 
 CLASSES = 5
 
@@ -64,7 +64,7 @@ def test_looked_up_layouts_equal_convolved_ones(edges, drop, regions, device):
 @pytest.mark.parametrize("size,looks_up", [((1, 24), False), ((24, 1), False), ((2, 2), True), ((2, 7), True)])
 def test_maps_of_a_few_pixels(size, looks_up, monkeypatch):
     """Even where all are worth it: in a map one pixel high or wide, corners do not tell a neighbourhood."""
-    monkeypatch.setattr(label_layout, "MOST_DISTINCT", 1.0)
+    monkeypatch.setattr(lookup, "MOST_DISTINCT", 1.0)
     convolved, looked_up, here = both_ways(True, True, [False, True, False], size, map_size=size)
     assert (here.products is not None) == looks_up
     for expected, found in zip(convolved, looked_up, strict=True):
@@ -73,8 +73,8 @@ def test_maps_of_a_few_pixels(size, looks_up, monkeypatch):
 
 def test_any_layout_of_any_shape(monkeypatch):
     """A hundred random cases in float64: shapes, classes, edges, drops, blocks of 1 to 4 pixels, maps to be resized."""
-    monkeypatch.setattr(label_layout, "MOST_DISTINCT", 1.0)
-    monkeypatch.setattr(label_layout, "LONGEST_SUM", 5)
+    monkeypatch.setattr(lookup, "MOST_DISTINCT", 1.0)
+    monkeypatch.setattr(lookup, "LONGEST_SUM", 5)
     rng = np.random.default_rng(0)
     for _ in range(100):
         torch.manual_seed(int(rng.integers(1 << 30)))
@@ -109,7 +109,7 @@ def test_half_precision_is_as_near_to_float32_as_the_convolution_is(dtype, devic
 
 def test_long_sums_are_split_without_a_difference(monkeypatch):
     _, whole, here = both_ways(True, True, [False] * 3, (24, 32))
-    monkeypatch.setattr(label_layout, "LONGEST_SUM", 7)
+    monkeypatch.setattr(lookup, "LONGEST_SUM", 7)
     _, split, split_here = both_ways(True, True, [False] * 3, (24, 32))
     assert here.pixels.joints is not None and len(here.pixels.starts) < len(split_here.pixels.starts)
     assert torch.diff(split_here.pixels.starts).max() <= 7

@@ -10,7 +10,7 @@ import torch
 from evaluation_helpers import call, fails, last_number, load_script, run_script, truncate, write_pictures
 from PIL import Image
 
-from guided_diffusion.dataset_specs import get_spec
+from guided_diffusion.data.specs import get_spec
 
 miou = load_script("miou")
 label_maps = load_script("label_maps")

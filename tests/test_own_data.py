@@ -11,7 +11,7 @@ from data_helpers import REPOSITORY, run_script
 from PIL import Image
 
 from guided_diffusion import settings
-from guided_diffusion.dataset_specs import DataError, get_spec
+from guided_diffusion.data.specs import DataError, get_spec
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.script_util import build_config, create_model
 from guided_diffusion.unet import AttentionBlock
@@ -52,7 +52,7 @@ def test_every_key_of_dataset_json_is_in_the_table(tmp_path):
 def test_the_flags_of_the_commands_exist():
     text = "\n".join(text for language, text in BLOCKS if not language).replace("\\\n", " ")
     commands = re.findall(r"python (\S+\.py) (.*)", text)
-    assert {name for name, _ in commands} >= {"image_train.py", "image_sample.py", "scripts/verify_data.py"}
+    assert {name for name, _ in commands} >= {"image_train.py", "image_sample.py", "scripts/data/verify_data.py"}
     configs = [part for part in vars(settings).values() if isinstance(part, type) and dataclasses.is_dataclass(part)]
     known = {field.name for config in configs for field in dataclasses.fields(config)}
     for program, line in commands:
@@ -64,13 +64,13 @@ def test_the_flags_of_the_commands_exist():
 
 
 def test_the_camvid_commands_fit_what_is_prepared(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "data")
     image = np.zeros((360, 480, 3), np.uint8)
     for split in ("train", "val", "test"):
         for folder, pixels in (("images", image), ("labels", image[..., 0])):
             (tmp_path / "source" / split / folder).mkdir(parents=True)
             Image.fromarray(pixels).save(tmp_path / "source" / split / folder / "a.png")
-    run_script("scripts/prepare_camvid.py", "--source", tmp_path / "source", "--out", tmp_path / "data")
+    run_script("scripts/data/prepare_camvid.py", "--source", tmp_path / "source", "--out", tmp_path / "data")
     shown = next(json.loads(text) for language, text in BLOCKS if language == "json")
     assert json.loads((tmp_path / "data" / "dataset.json").read_text()) == shown
     command = next(text for _, text in BLOCKS if "image_train.py" in text).replace("\\\n", " ")
@@ -85,7 +85,7 @@ def test_the_camvid_commands_fit_what_is_prepared(tmp_path, monkeypatch):
 
 
 def test_the_medical_example(tmp_path):
-    script = ("scripts/make_medical_example.py", "--data_dir", tmp_path, "--size", 64)
+    script = ("scripts/scenes/make_medical_example.py", "--data_dir", tmp_path, "--size", 64)
     run_script(*script, "--train", 30, "--val", 3)
     assert json.loads((tmp_path / "dataset.json").read_text())["grey"] is True
     train, val = (

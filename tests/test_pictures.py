@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.pictures import colorize, contact_sheet, save_png
+from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
 
 RED, BLUE = np.full((20, 30, 3), (200, 0, 0), np.uint8), np.full((10, 10, 3), (0, 0, 200), np.uint8)
 

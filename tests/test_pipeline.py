@@ -12,10 +12,10 @@ from golden_helpers import golden_case
 from PIL import Image
 from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 
-from guided_diffusion import checkpoints
 from guided_diffusion.pipeline import Sampling, SDMPipeline, image_seed
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings import ConfigError, ModelConfig
+from guided_diffusion.weights import store
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,9 @@ def test_a_published_checkpoint_needs_its_settings(checkpoint, tmp_path):
     alone.write_bytes(open(checkpoint, "rb").read())  # noqa: SIM115
     image = SDMPipeline.from_checkpoint(str(alone), **SETTINGS)(LABEL, **FAST)[0]
     assert np.array_equal(image, SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0])
-    with pytest.raises(checkpoints.CheckpointError, match="does not fit the network"):
+    with pytest.raises(store.CheckpointError, match="does not fit the network"):
         SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_channels": 64})
-    with pytest.raises(checkpoints.CheckpointError, match="4 layout channels, the flags give 9"):
+    with pytest.raises(store.CheckpointError, match="4 layout channels, the flags give 9"):
         SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_classes": 9})
 
 
@@ -93,7 +93,7 @@ def test_predicted_memory_is_what_is_kept():
 
 def test_modulations_are_computed_once(checkpoint, monkeypatch):
     """Once per layout for all steps, and once per run for the null layout."""
-    from guided_diffusion.spade import SPADEGroupNorm
+    from guided_diffusion.layouts.spade import SPADEGroupNorm
 
     calls = []
     original = SPADEGroupNorm.modulation
@@ -208,12 +208,12 @@ def test_checkpoints_that_cannot_be(checkpoint, folder, tmp_path):
         SDMPipeline.from_checkpoint(checkpoint, num_classes=7)
     with pytest.raises(ConfigError, match="unknown settings: num_clases"):
         SDMPipeline.from_checkpoint(checkpoint, num_clases=4)
-    with pytest.raises(checkpoints.CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(store.CheckpointError, match="there is no checkpoint"):
         SDMPipeline.from_checkpoint(str(tmp_path / "none.pt"), **SETTINGS)
     whole = open(checkpoint, "rb").read()  # noqa: SIM115
     for name, content in (("half.pt", whole[: len(whole) // 2]), ("empty.pt", b""), ("text.pt", b"not a checkpoint")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(checkpoints.CheckpointError, match=f"{name} is not a whole checkpoint"):
+        with pytest.raises(store.CheckpointError, match=f"{name} is not a whole checkpoint"):
             SDMPipeline.from_checkpoint(str(tmp_path / name), **SETTINGS)
 
 

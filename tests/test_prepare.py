@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "data"))
 
 import prepare_celebamask as celeba  # noqa: E402
 import prepare_cocostuff as coco  # noqa: E402
@@ -30,7 +30,8 @@ def files_below(folder):
 
 def run(script, **flags):
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-    return subprocess.run([sys.executable, ROOT / "scripts" / script, *arguments], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "scripts" / "data" / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # ---- what both share
@@ -361,7 +362,7 @@ def test_coco_unusable_archives_are_named(stuff, tmp_path, damage, message):
 def test_coco_without_pycocotools_says_what_to_install(tmp_path):
     program = (
         "import sys; sys.modules['pycocotools'] = None; import runpy;"
-        f"sys.path.insert(0, {str(ROOT / 'scripts')!r});"
+        f"sys.path.insert(0, {str(ROOT / 'scripts' / 'data')!r});"
         "sys.argv[1:] = '--images a --pixelmaps b --instances c --out d'.split();"
         "runpy.run_module('prepare_cocostuff', run_name='__main__')"
     )

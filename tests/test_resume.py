@@ -6,9 +6,9 @@ import pytest
 import torch
 from training_helpers import make_data, make_loop
 
-from guided_diffusion import checkpoints
-from guided_diffusion.checkpoints import CheckpointError
-from guided_diffusion.resume import load_optimizer_state
+from guided_diffusion.runs.resume import load_optimizer_state
+from guided_diffusion.weights import store
+from guided_diffusion.weights.store import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_settings_of_every_group_that_changed_since_the_save_are_told(data, run,
     for told in ("data_dir", "lr 0.001 -> 0.002", "max_steps 2 -> 3", "dropout 0.0 -> 0.3", "use_kl False -> True"):
         assert told in note
     # Another loss: the lower number before is no better.
-    assert checkpoints.read_manifest(str(logdir), 3)["measure"].endswith("variational bound")
+    assert store.read_manifest(str(logdir), 3)["measure"].endswith("variational bound")
     assert '"step": 3' in (logdir / "best.json").read_text()
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from sampling_helpers import run, save_checkpoint
 from training_helpers import finish, launch, wait_for
 
-from guided_diffusion import checkpoints
-from guided_diffusion.stop_signals import EXIT_UNFINISHED
+from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
+from guided_diffusion.weights import store
 
 LAYOUTS = 5
 FAST = ("--sampler", "ddpm", "--num_steps", "3", "--s", "1.5", "--batch_size", "2")
@@ -124,7 +124,7 @@ def test_a_run_goes_on_where_it_stopped(root, two_ranks):
 
 
 def test_a_results_folder_belongs_to_one_run(root, two_ranks):
-    held = checkpoints.lock(str(root / "two"), "results_path")
+    held = store.lock(str(root / "two"), "results_path")
     result = sample(root, "two")
     assert result.returncode == 1 and "in use by another run" in result.stdout and "--results_path" in result.stdout
     held.close()

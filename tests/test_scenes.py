@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS / room) for room in ("data", "scenes")]
 
 from make_scenes import draw, make_scenes  # noqa: E402
 from preparation import PreparationError  # noqa: E402
@@ -68,7 +68,8 @@ def test_same_composition_at_any_size():
 
 
 def test_command_makes_the_same_files_again_and_refuses_others(scenes, tmp_path):
-    command = [sys.executable, SCRIPTS / "make_scenes.py", "--out", tmp_path / "a", "--train", "5", "--val", "3"]
+    script = SCRIPTS / "scenes" / "make_scenes.py"
+    command = [sys.executable, script, "--out", tmp_path / "a", "--train", "5", "--val", "3"]
     for _ in range(2):
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "5 train and 3 val scenes" in run.stdout
@@ -136,7 +137,7 @@ def test_samples_of_other_layouts_and_wrong_colours_score_low(results, scenes):
 
 def test_score_command_prints_a_table_and_writes_the_figures(results, scenes):
     file = results / "new" / "figures.json"
-    command = [sys.executable, SCRIPTS / "score_scenes.py", results, "--data", scenes, "--json", file]
+    command = [sys.executable, SCRIPTS / "scenes" / "score_scenes.py", results, "--data", scenes, "--json", file]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "mountain" in run.stdout and str(file) in run.stdout
     assert json.loads(file.read_text()) == score(results, scenes, centres=8, seed=0)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from training_helpers import differing, make_data, make_loop, state_of
 
-from guided_diffusion import checkpoints
 from guided_diffusion.image_datasets import DataError, training_batches
-from guided_diffusion.label_layout import LabelLayout
+from guided_diffusion.layouts.lookup import LabelLayout
 from guided_diffusion.seeding import normals, stable_seed
 from guided_diffusion.settings import ConfigError
 from guided_diffusion.train_util import TrainingDiverged
+from guided_diffusion.weights import store
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_rows(data, six_steps):
 
 def test_a_start_that_is_refused_creates_nothing(data, six_steps, tmp_path):
     logdir = tmp_path / "run"
-    with pytest.raises(checkpoints.CheckpointError, match=r"64 channels|num_channels"):
+    with pytest.raises(store.CheckpointError, match=r"64 channels|num_channels"):
         make_loop(data, logdir, model=dict(num_channels=64), resume_checkpoint=str(six_steps / "model.pt"))
     with pytest.raises(ConfigError, match="multiples of 32"):
         make_loop(data, logdir, model=dict(channel_mult="1,1,1,1,1,1"))
@@ -221,7 +221,7 @@ def test_a_start_that_is_refused_creates_nothing(data, six_steps, tmp_path):
 
 def test_a_log_directory_that_cannot_be_made_is_named(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(checkpoints.CheckpointError, match=r"cannot write to the log directory .*file/run"):
+    with pytest.raises(store.CheckpointError, match=r"cannot write to the log directory .*file/run"):
         make_loop(data, tmp_path / "file" / "run", max_steps=1).run()
 
 
@@ -235,9 +235,9 @@ def test_a_disk_that_fills_up_during_a_save_ends_the_run_with_the_old_set_whole(
         real(content, file)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(checkpoints.CheckpointError, match=r"cannot write .*opt000004\.pt.*No space left"):
+    with pytest.raises(store.CheckpointError, match=r"cannot write .*opt000004\.pt.*No space left"):
         loop.run()
-    assert checkpoints.newest_complete(str(tmp_path), print)["step"] == 2
+    assert store.newest_complete(str(tmp_path), print)["step"] == 2
     assert not list(tmp_path.glob("*000004*")) and not list(tmp_path.glob("*.tmp*"))
 
 
@@ -322,7 +322,7 @@ def test_a_save_on_a_signal_writes_before_it_measures(data, tmp_path, monkeypatc
     monkeypatch.setattr(loop.validation, "loss", noted)
     loop.run()
     assert sorted(set(seen)) == [(3, False), (5, True)]
-    assert checkpoints.newest_complete(str(tmp_path), print)["validation_loss"].keys() == {"0.9", "0.99"}
+    assert store.newest_complete(str(tmp_path), print)["validation_loss"].keys() == {"0.9", "0.99"}
     assert "val_loss_0.9" in (tmp_path / "progress.jsonl").read_text().splitlines()[-1]
 
 
@@ -342,7 +342,7 @@ def test_run_tells_whether_a_signal_left_steps_to_do(data, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "train_step", stopped_at_step_two)
     assert loop.run() is finished
     assert loop.step == 2 and told in (tmp_path / "log.txt").read_text().splitlines()[-1]
-    assert checkpoints.newest_complete(str(tmp_path), print)["step"] == 2
+    assert store.newest_complete(str(tmp_path), print)["step"] == 2
 
 
 def test_looking_layouts_up_changes_nothing_but_the_rounding(data, tmp_path, monkeypatch):

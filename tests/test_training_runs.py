@@ -1,4 +1,4 @@
-"""Real runs of image_train.py: ranks, kills, signals, refusals. (scripts/kill_test.py does the kills at length.)"""
+"""Real runs of image_train.py: ranks, kills, signals, refusals. (`scripts/cluster/kill_test.py` kills at length.)"""
 
 import json
 import os
@@ -25,9 +25,9 @@ from training_helpers import (
     wait_for,
 )
 
-from guided_diffusion import checkpoints
 from guided_diffusion.dist_util import mpi_available
-from guided_diffusion.stop_signals import EXIT_UNFINISHED
+from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
+from guided_diffusion.weights import store
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
 needs_mpi = pytest.mark.skipif(
@@ -83,7 +83,7 @@ def test_two_ranks_equal_one_to_rounding(one_rank, two_ranks):
 
 
 def weight_differences(one: Path, other: Path, step: int) -> tuple[float, float]:
-    a, b = (torch.load(folder / checkpoints.model_name(step), weights_only=True) for folder in (one, other))
+    a, b = (torch.load(folder / store.model_name(step), weights_only=True) for folder in (one, other))
     differences = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
     return float(differences.mean()), float(differences.max())
 
@@ -113,7 +113,7 @@ def test_another_number_of_ranks_on_resume(data, one_rank, two_ranks, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_at_random_moments(ranks, tmp_path):
     """In a process of its own: it forks, which one that has computed on several threads must not."""
-    script = ["scripts/kill_test.py", "--kills", "2", "--ranks", str(ranks), "--seed", str(ranks)]
+    script = ["scripts/cluster/kill_test.py", "--kills", "2", "--ranks", str(ranks), "--seed", str(ranks)]
     result = subprocess.run(
         [sys.executable, *script, "--keep", str(tmp_path)],
         cwd=ROOT,
@@ -137,7 +137,7 @@ def test_a_signal_saves_and_ends_in_order(data, tmp_path, number):
     processes[-1].send_signal(number)
     assert finish(processes) == [status] * ranks
     assert f"stopped by {number.name}" in (tmp_path / "run" / "log.txt").read_text()
-    manifest = checkpoints.newest_complete(str(tmp_path / "run"), print)
+    manifest = store.newest_complete(str(tmp_path / "run"), print)
     assert manifest["step"] > 0
 
 

@@ -5,11 +5,11 @@ import torch
 from golden_helpers import golden_case, normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from guided_diffusion.conditioning import drop_layouts, encode_label_map
+from guided_diffusion.layouts.encode import drop_layouts, encode_label_map
+from guided_diffusion.layouts.spade import GuidedLayout, Layout
 from guided_diffusion.nn import GroupNorm
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings import ConfigError
-from guided_diffusion.spade import GuidedLayout, Layout
 from guided_diffusion.unet import AttentionBlock
 
 T = torch.tensor([17, 801])

@@ -9,14 +9,14 @@ import pytest
 from data_helpers import REPOSITORY, draw, run_script, save, shared_or_skip, write_benchmark, write_custom
 from PIL import Image
 
-from guided_diffusion.dataset_specs import get_spec
+from guided_diffusion.data.specs import get_spec
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.pictures import bar_chart
+from guided_diffusion.runs.pictures import bar_chart
 
 
 def verify(root, report, *more, mode="custom"):
     return run_script(
-        "scripts/verify_data.py",
+        "scripts/data/verify_data.py",
         "--data_dir",
         root,
         "--dataset_mode",
@@ -62,7 +62,7 @@ def test_a_cache_is_as_good_as_its_source(tmp_path):
     settings = {"classes": ["a", "b", "c", "d"]}
     root, cache = write_custom(tmp_path / "data", {"train": 2, "val": 1}, (100, 80), settings=settings), tmp_path / "c"
     flags = ["--data_dir", root, "--dataset_mode", "custom", "--image_size", 16, "--workers", 1]
-    assert run_script("scripts/cache_dataset.py", *flags, "--cache_dir", cache).returncode == 0
+    assert run_script("scripts/data/cache_dataset.py", *flags, "--cache_dir", cache).returncode == 0
     assert Image.open(cache / "train/images/scene0.png").size != (100, 80)
     result = verify(cache, tmp_path / "report")
     assert result.returncode == 0, result.stderr
@@ -144,8 +144,8 @@ def test_maps_from_cityscapes_polygons(tmp_path):
     for path in [*tmp_path.rglob("city_0*Ids.png"), *tmp_path.rglob("city_2*labelIds.png")]:
         path.unlink()
     result = verify(tmp_path, tmp_path / "report", mode="cityscapes")
-    assert result.returncode == 1 and "scripts/prepare_cityscapes.py makes labelIds" in result.stderr
-    result = run_script("scripts/prepare_cityscapes.py", "--data_dir", tmp_path, "--workers", 1)
+    assert result.returncode == 1 and "scripts/data/prepare_cityscapes.py makes labelIds" in result.stderr
+    result = run_script("scripts/data/prepare_cityscapes.py", "--data_dir", tmp_path, "--workers", 1)
     assert result.returncode == 0 and "4 scenes: 3 maps drawn, 5 were there" in result.stdout, result.stderr
     sample = open_dataset(
         data_dir=tmp_path, dataset_mode="cityscapes", split="train", image_size=32, random_flip=False
@@ -155,7 +155,7 @@ def test_maps_from_cityscapes_polygons(tmp_path):
     assert np.array_equal(sample["label"][0], expected)
     assert np.array_equal(sample["instance"][0], np.where(expected == 26, 26000, 23))
     assert verify(tmp_path, tmp_path / "report", mode="cityscapes").returncode == 0
-    assert run_script("scripts/prepare_cityscapes.py", "--data_dir", tmp_path / "report").returncode == 1
+    assert run_script("scripts/data/prepare_cityscapes.py", "--data_dir", tmp_path / "report").returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_maps_from_cityscapes_polygons(tmp_path):
 )
 def test_real_photographs(tmp_path, mode, folder, classes):
     data = shared_or_skip("data", folder)
-    command = ["scripts/verify_data.py", "--data_dir", data, "--dataset_mode", mode, "--num_classes", str(classes)]
+    command = ["scripts/data/verify_data.py", "--data_dir", data, "--dataset_mode", mode, "--num_classes", str(classes)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
         [sys.executable, *command, "--report_dir", tmp_path], cwd=REPOSITORY, env=environment, capture_output=True

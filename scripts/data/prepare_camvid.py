@@ -1,6 +1,6 @@
 """Lays CamVid out for dataset_mode custom: links to the given files, and their classes in dataset.json.
 
-    python scripts/prepare_camvid.py --source CamVid --out data/camvid
+    python scripts/data/prepare_camvid.py --source CamVid --out data/camvid
 
 SOURCE is CamVid at 480x360 with label maps of ids 0 to 11, as SegNet's authors split it (367 training, 101 validation
 and 233 test images): `train/`, `trainannot/`, `val/` and so on, or `train/images/`, `train/labels/` and so on.

@@ -1,6 +1,6 @@
 """A copy of a data set whose photographs are already shrunk, for the image size of one training run.
 
-    python scripts/cache_dataset.py --data_dir ./data/cityscapes --dataset_mode cityscapes --image_size 256 \\
+    python scripts/data/cache_dataset.py --data_dir ./data/cityscapes --dataset_mode cityscapes --image_size 256 \\
         --cache_dir ./data/cityscapes-256
     python image_train.py --data_dir ./data/cityscapes-256 --dataset_mode cityscapes --image_size 256 ...
 
@@ -25,8 +25,7 @@ import blobfile
 import numpy as np
 from PIL import Image
 
-from guided_diffusion.dataset_specs import DATASET_MODES, SPLITS, DataError, DatasetSpec, MissingSplitError, get_spec
-from guided_diffusion.image_listing import (
+from guided_diffusion.data.listing import (
     CACHE_FILE,
     IMAGE_EXTENSIONS,
     MAP_EXTENSIONS,
@@ -38,8 +37,9 @@ from guided_diffusion.image_listing import (
     read_bytes,
     read_cache_settings,
 )
-from guided_diffusion.image_transforms import cached_image, read_image, read_instances, read_label, whole_picture
-from guided_diffusion.parallel import map_in_processes
+from guided_diffusion.data.specs import DATASET_MODES, SPLITS, DataError, DatasetSpec, MissingSplitError, get_spec
+from guided_diffusion.data.transforms import cached_image, read_image, read_instances, read_label, whole_picture
+from guided_diffusion.hosts.parallel import map_in_processes
 
 SOURCES_FILE = "cache_sources.jsonl"  # beside CACHE_FILE, which the loader reads and which stays short
 _APPEARANCE = ("class_names", "palette", "layout", "preparation")  # of a spec: what no cached file depends on

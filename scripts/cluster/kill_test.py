@@ -1,6 +1,6 @@
 """Kills a tiny training again and again (kill -9) and checks that it ends as if nobody had.
 
-    python scripts/kill_test.py --kills 50 --ranks 2
+    python scripts/cluster/kill_test.py --kills 50 --ranks 2
 
 An undisturbed run goes first. Then the same command is started again after every kill, at moments spread at random over
 the whole run: while it starts, steps, validates, writes and publishes. After each start it must have continued from the
@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import guided_diffusion.train_util  # noqa: E402, F401 - imported once here, inherited by every forked run

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import blobfile
 
-from .dataset_specs import SPLITS, DataError, DatasetSpec, MissingSplitError
+from .specs import SPLITS, DataError, DatasetSpec, MissingSplitError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAP_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: an id must come back as it was stored
@@ -246,13 +246,13 @@ def expected_layout(spec: DatasetSpec) -> str:
 
 
 def read_cache_settings(data_dir: str | os.PathLike) -> dict | None:
-    """What `scripts/cache_dataset.py` noted in the `cache.json` of a folder that it made; None for other folders."""
+    """What `scripts/data/cache_dataset.py` noted in `cache.json` of a folder that it made; None for other folders."""
     path = join(os.fspath(data_dir), CACHE_FILE)
     if not (blobfile.exists(path) if is_remote(path) else os.path.exists(path)):
         return None
     settings = json.loads(read_bytes(path))
     if not settings["complete"]:
-        raise DataError(f"the cache {data_dir} is unfinished; run scripts/cache_dataset.py again to go on")
+        raise DataError(f"the cache {data_dir} is unfinished; run scripts/data/cache_dataset.py again to go on")
     return settings
 
 

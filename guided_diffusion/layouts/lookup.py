@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .nn import in_precision_of
+from ..nn import in_precision_of
 from .spade import SPADEGroupNorm
 
 NONE = -1  # in a list of layout channels: nothing is 1 here

@@ -1,6 +1,6 @@
 """Prepares COCO-Stuff: pixel maps and photographs in the `coco` layout, instance maps drawn from COCO's annotations.
 
-    python scripts/prepare_cocostuff.py --images coco --pixelmaps stuffthingmaps_trainval2017 \\
+    python scripts/data/prepare_cocostuff.py --images coco --pixelmaps stuffthingmaps_trainval2017 \\
         --instances annotations --out data/coco
 
 reads `train2017/` and `val2017/` of photographs and of pixel maps (ids 0..181, 255 unlabelled) and

@@ -1,4 +1,4 @@
-"""Checking a data set file by file: what `scripts/verify_data.py` reports. Nothing here stops at the first fault."""
+"""Checking a data set file by file: what `scripts/data/verify_data.py` reports. It does not stop at the first fault."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from .dataset_specs import DataError, DatasetSpec
-from .image_listing import Item, open_stream
-from .image_transforms import (
+from .listing import Item, open_stream
+from .specs import DataError, DatasetSpec
+from .transforms import (
     check_sizes,
     read_header,
     read_image,

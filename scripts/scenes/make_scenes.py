@@ -1,6 +1,6 @@
 """Paints the embedded data set: small procedural landscapes with their label maps, in the `custom` layout.
 
-    python scripts/make_scenes.py --out data/scenes --size 32 --train 400 --val 64 --seed 0
+    python scripts/scenes/make_scenes.py --out data/scenes --size 32 --train 400 --val 64 --seed 0
 
 writes `<split>/images/NAME.png` (RGB), `<split>/labels/NAME.png` (class ids, 8 bit) for the splits train and val, and
 `dataset.json` with the class names and colours. A scene depends on the seed, the split and its index only: the same at
@@ -10,11 +10,14 @@ any number of processes, and the same composition at any size.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
 from preparation import PreparationError, available_cpus, clear_errors, open_output, run_parallel, write_json, write_png
 from scene_painting import CLASSES, TIMES, paint_scene
 

@@ -1,6 +1,6 @@
 """Draws a small medical-style data set: grey slices with four classes, in the layout of dataset_mode custom.
 
-    python scripts/make_medical_example.py --data_dir ./data/slices
+    python scripts/scenes/make_medical_example.py --data_dir ./data/slices
 
 Procedural, so nobody's health data: a body with a rim of fat, two organs with textures of their own, and in two
 slices of three a bright lesion, under the speckle of an ultrasound picture. `docs/your-own-data.md` walks through it.
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from guided_diffusion.pictures import save_png
+from guided_diffusion.runs.pictures import save_png
 
 CLASSES = [
     {"name": "background", "color": [20, 24, 32]},

@@ -13,47 +13,17 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from .conditioning import drop_layouts, encode_label_map, instance_edges
-from .dataset_specs import DataError
-from .dist_util import World
-from .image_datasets import LayoutDataset, sampling_batches
-from .label_layout import LabelLayout
+from ..data.specs import DataError
+from ..dist_util import World
+from ..image_datasets import LayoutDataset, sampling_batches
+from ..layouts.encode import to_network, to_uint8
+from ..sampling.solvers import sample_loop
+from ..seeding import normals, stable_seed
 from .pictures import colorize, contact_sheet
-from .samplers import sample_loop
-from .seeding import normals, stable_seed
 
 Weights = dict[str, torch.Tensor]
 PREVIEW_LAYOUTS = 4
 PREVIEW_SCALE = 1.5
-
-
-def to_network(
-    batch: dict[str, Any],
-    device: torch.device,
-    num_classes: int,
-    dtype: torch.dtype,
-    dropped: torch.Tensor | None = None,
-    look_up: bool = False,
-) -> tuple[torch.Tensor | None, torch.Tensor | LabelLayout]:
-    """A loader's batch as the network reads it: images float32 [N, 3, H, W] in [-1, 1] (None without photographs) and
-    the layout [N, L, H, W]. Integers travel to the device, the rest is made there.
-
-    :param dropped: bool [N], in training: these samples get the null layout.
-    :param look_up: beside `dropped`: the layout stays integers, a `LabelLayout`.
-    """
-    image = batch.get("image")
-    if image is not None:
-        image = image.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
-    label, instance = batch["label"].to(device, non_blocking=True), batch.get("instance")
-    if instance is not None:
-        instance = instance.to(device, non_blocking=True)
-    if dropped is None:
-        return image, encode_label_map(label, instance, num_classes, dtype)
-    dropped = dropped.to(device, non_blocking=True)
-    if look_up:
-        edge = None if instance is None else instance_edges(instance)
-        return image, LabelLayout(label, edge, num_classes, dropped, dtype)
-    return image, drop_layouts(encode_label_map(label, instance, num_classes, dtype), dropped)
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -187,14 +157,3 @@ def preview_page(
         rows.append([colorize(batch["label"][i, 0].numpy(), dataset.spec.palette), photograph, picture])
     page = contact_sheet(rows, column_titles=["layout", "photograph", "sample"], row_titles=batch["name"], title=title)
     return np.asarray(page)
-
-
-def to_uint8(images: torch.Tensor, grey: bool = False) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3] on the CPU, rounded to the nearest.
-
-    :param grey: every channel becomes the mean of the three, for a network trained on grey pictures: it draws three
-        channels, which noise of their own leaves slightly apart.
-    """
-    if grey:
-        images = images.mean(dim=1, keepdim=True).expand_as(images)
-    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .dataset_specs import MissingSplitError
-from .image_datasets import LayoutDataset, open_dataset
-from .settings import ConfigError, DataConfig, ModelConfig, TrainConfig
+from ..data.specs import MissingSplitError
+from ..image_datasets import LayoutDataset, open_dataset
+from ..settings import ConfigError, DataConfig, ModelConfig, TrainConfig
 
 
 def open_splits(

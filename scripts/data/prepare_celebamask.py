@@ -1,6 +1,6 @@
 """Prepares CelebAMask-HQ: merges the masks of the parts into one label map per face and splits the faces.
 
-    python scripts/prepare_celebamask.py --source CelebAMask-HQ --out data/celeba
+    python scripts/data/prepare_celebamask.py --source CelebAMask-HQ --out data/celeba
 
 reads `CelebA-HQ-img/N.jpg` and `CelebAMask-HQ-mask-anno/<folder>/<5-digit N>_<part>.png` and writes
 `<split>/images/N.jpg` (hard links where the file system has them, else copies) and `<split>/labels/N.png` (ids 0..18).

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .nn import NORM_GROUPS, Conv2d, GroupNorm, in_precision_of
+from ..nn import NORM_GROUPS, Conv2d, GroupNorm, in_precision_of
 
 SPADE_HIDDEN_CHANNELS = 128
 

@@ -2,7 +2,7 @@
 # namespaces on this machine, and a small training to run on them. Needs root and iproute2 (Debian: apt-get install iproute2).
 # Before it, `out` is the folder to write to; after it, `on a|b COMMAND` runs on a host, and `training` is the program's flags.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$out"
 out=$(readlink -f "$out")
 export OMP_NUM_THREADS=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -51,7 +51,7 @@ wait_for() { # wait_for SECONDS COMMAND: until it succeeds
   done
 }
 
-[ -e "$out/data/dataset.json" ] || python scripts/make_scenes.py --out "$out/data" --size 16 --train 16 --val 2
+[ -e "$out/data/dataset.json" ] || python scripts/scenes/make_scenes.py --out "$out/data" --size 16 --train 16 --val 2
 training="image_train.py --data_dir $out/data --dataset_mode custom --num_classes 9 --no_instance True --image_size 16
   --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 8 --num_head_channels 32
   --batch_size 2 --log_interval 2 --num_workers 0 --val_images 2"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from .dataset_specs import DataError, DatasetSpec
-from .image_listing import open_stream
+from .listing import open_stream
+from .specs import DataError, DatasetSpec
 
 _MIN_CROP = 0.8  # the smallest part of the short side that a random crop keeps, as in guided-diffusion
 _ORIENTATION = 0x0112

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import checkpoints
-from .dist_util import World
+from ..dist_util import World
+from ..weights import store
 
 Log = Callable[[str], None]
 
@@ -31,15 +31,15 @@ class Start:
 
     def read_model(self) -> dict[str, torch.Tensor] | None:
         """The weights; None: new ones."""
-        return checkpoints.load_weights(self.model) if self.model else None
+        return store.load_weights(self.model) if self.model else None
 
     def read_ema(self, rate: str) -> dict[str, torch.Tensor] | None:
         """The averaged weights; None: equal to the weights."""
-        return checkpoints.load_weights(self.emas[rate]) if rate in self.emas else None
+        return store.load_weights(self.emas[rate]) if rate in self.emas else None
 
     def read_optimizer(self) -> dict[str, Any] | None:
         """The optimizer's state and the trainer's; None: fresh ones."""
-        return checkpoints.load(self.optimizer) if self.optimizer else None
+        return store.load(self.optimizer) if self.optimizer else None
 
 
 def find_start(
@@ -52,40 +52,40 @@ def find_start(
 
     :raises CheckpointError: nothing can be continued, but a new run would replace weights in the log directory.
     """
-    manifest = checkpoints.newest_complete(logdir, log)
+    manifest = store.newest_complete(logdir, log)
     if manifest is not None:
         step = manifest["step"]
         log(f"continuing this log directory's run at step {step}")
-        if resume_checkpoint and checkpoints.step_of(resume_checkpoint) != step:
+        if resume_checkpoint and store.step_of(resume_checkpoint) != step:
             log(f"note: {resume_checkpoint} is not used any more; give another --logdir to start from it again")
         if manifest["world_size"] != world_size:
             log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
-        files = _files_beside(checkpoints.join(logdir, checkpoints.model_name(step)), step, rates, log)
-        base = (checkpoints.read_config(os.path.join(logdir, checkpoints.MODEL_NAME)) or {}).get("start", {})
+        files = _files_beside(store.join(logdir, store.model_name(step)), step, rates, log)
+        base = (store.read_config(os.path.join(logdir, store.MODEL_NAME)) or {}).get("start", {})
         return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, base=base, **files)
-    step = checkpoints.step_of(resume_checkpoint)
+    step = store.step_of(resume_checkpoint)
     if step is None or os.path.realpath(os.path.dirname(resume_checkpoint)) != os.path.realpath(logdir):
-        checkpoints.check_vacant(logdir)  # a numbered one in it, of another program, is a run that goes on there
+        store.check_vacant(logdir)  # a numbered one in it, of another program, is a run that goes on there
     if not resume_checkpoint:
         log("starting from new weights")
         return Start()
     base = {}
-    if checkpoints.exists(resume_checkpoint):
-        base = {"checkpoint": resume_checkpoint, "sha256": checkpoints.file_hash(resume_checkpoint)}
+    if store.exists(resume_checkpoint):
+        base = {"checkpoint": resume_checkpoint, "sha256": store.file_hash(resume_checkpoint)}
     if step is None:
         log(f"starting a new run from the weights in {resume_checkpoint}")
         return Start(model=resume_checkpoint, base=base)
     log(f"continuing at step {step} from {resume_checkpoint}")
     folder = os.path.dirname(resume_checkpoint)
-    if not checkpoints.exists(resume_checkpoint):
-        raise checkpoints.CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
-    if (problem := checkpoints.damage(folder, step, whole=False)) is not None:
-        raise checkpoints.CheckpointError(
+    if not store.exists(resume_checkpoint):
+        raise store.CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
+    if (problem := store.damage(folder, step, whole=False)) is not None:
+        raise store.CheckpointError(
             f"the checkpoint of step {step} in {folder or '.'} is damaged ({problem}): start from another one"
         )
-    manifest = checkpoints.read_manifest(folder, step)
+    manifest = store.read_manifest(folder, step)
     if "samples_seen" not in manifest:
-        log(f"note: no {checkpoints.manifest_name(step)} beside it; the data goes on as after {step} steps")
+        log(f"note: no {store.manifest_name(step)} beside it; the data goes on as after {step} steps")
     seen = manifest.get("samples_seen", step * global_batch)
     return Start(step=step, samples_seen=seen, base=base, **_files_beside(resume_checkpoint, step, rates, log))
 
@@ -97,10 +97,10 @@ def check_base(start: Start, resume_checkpoint: str) -> None:
         asks for (a fine-tuning, where the training before it got more steps).
     """
     path = start.base.get("checkpoint")
-    if not path or path != resume_checkpoint or not checkpoints.exists(path):
+    if not path or path != resume_checkpoint or not store.exists(path):
         return
-    if checkpoints.file_hash(path) != start.base["sha256"]:
-        raise checkpoints.CheckpointError(
+    if store.file_hash(path) != start.base["sha256"]:
+        raise store.CheckpointError(
             f"this run is finished, but {path} has changed since it began from it: give another --logdir to begin "
             "again, or leave --resume_checkpoint out to keep the run as it is"
         )
@@ -108,11 +108,11 @@ def check_base(start: Start, resume_checkpoint: str) -> None:
 
 def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict[str, Any]:
     folder = os.path.dirname(model)
-    emas = {rate: checkpoints.join(folder, checkpoints.ema_name(rate, step)) for rate in rates}
-    optimizer = checkpoints.join(folder, checkpoints.optimizer_name(step))
-    for rate in [rate for rate, path in emas.items() if not checkpoints.exists(path)]:
+    emas = {rate: store.join(folder, store.ema_name(rate, step)) for rate in rates}
+    optimizer = store.join(folder, store.optimizer_name(step))
+    for rate in [rate for rate, path in emas.items() if not store.exists(path)]:
         log(f"note: there is no {emas.pop(rate)}; the EMA of rate {rate} starts from the weights")
-    if not checkpoints.exists(optimizer):
+    if not store.exists(optimizer):
         log(f"note: there is no {optimizer}; the optimizer starts fresh")
         optimizer = ""
     return {"model": model, "emas": emas, "optimizer": optimizer}
@@ -120,7 +120,7 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
 
 def changed_settings(logdir: str, now: dict[str, Any]) -> list[str]:
     """Which settings differ from those that the run in `logdir` was saved with: "NAME BEFORE -> NOW"."""
-    saved = checkpoints.read_config(os.path.join(logdir, checkpoints.MODEL_NAME)) or {}
+    saved = store.read_config(os.path.join(logdir, store.MODEL_NAME)) or {}
     return [
         f"{name} {saved[group][name]!r} -> {value!r}"
         for group in ("data", "training", "model", "diffusion")

@@ -1,7 +1,7 @@
 """Makes Cityscapes' labelIds and instanceIds from the polygons, where they are missing.
 
     pip install cityscapesscripts
-    python scripts/prepare_cityscapes.py --data_dir ./data/cityscapes
+    python scripts/data/prepare_cityscapes.py --data_dir ./data/cityscapes
 
 The published gtFine archive holds these maps already; archives of polygons alone, and coarse annotations, do not all.
 What is there is left as it is, so running it again goes on where it stopped.
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from guided_diffusion.parallel import map_in_processes
-from guided_diffusion.pictures import save_png
+from guided_diffusion.hosts.parallel import map_in_processes
+from guided_diffusion.runs.pictures import save_png
 
 POLYGONS = "_polygons.json"
 MAPS = ("labelIds", "instanceIds")

@@ -1,6 +1,6 @@
 """Checks a data set before a GPU sees it, and draws what it found.
 
-    python scripts/verify_data.py --data_dir ./data/camvid --dataset_mode custom --num_classes 12
+    python scripts/data/verify_data.py --data_dir ./data/camvid --dataset_mode custom --num_classes 12
 
 For every split: pairs by name, headers (sizes, modes), then pixels (damaged files, ids that do not fit num_classes,
 colours of no class, instance maps). Writes into --report_dir: overview_SPLIT.png (layouts beside photographs),
@@ -19,12 +19,12 @@ from functools import partial
 
 import numpy as np
 
-from guided_diffusion.data_checks import SplitReport, check_headers, check_pixels, summarize
-from guided_diffusion.dataset_specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
-from guided_diffusion.image_listing import Item, pair_files, read_cache_settings, unread_files
-from guided_diffusion.image_transforms import read_image, read_label, sampling_geometry
-from guided_diffusion.parallel import map_in_processes
-from guided_diffusion.pictures import bar_chart, colorize, contact_sheet, save_png
+from guided_diffusion.data.checks import SplitReport, check_headers, check_pixels, summarize
+from guided_diffusion.data.listing import Item, pair_files, read_cache_settings, unread_files
+from guided_diffusion.data.specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
+from guided_diffusion.data.transforms import read_image, read_label, sampling_geometry
+from guided_diffusion.hosts.parallel import map_in_processes
+from guided_diffusion.runs.pictures import bar_chart, colorize, contact_sheet, save_png
 
 SHOWN_PROBLEMS = 20
 SHOWN_SCENES = 6

@@ -1,6 +1,6 @@
 """Scores how well sampled scenes follow their layouts, by colour.
 
-    python scripts/score_scenes.py RESULTS_DIR --data data/scenes --json RESULTS_DIR/adherence.json
+    python scripts/scenes/score_scenes.py RESULTS_DIR --data data/scenes --json RESULTS_DIR/adherence.json
 
 A pixel follows its layout when its colour is nearest to a colour of its own class; each class has a few colours, the
 k-means centres of its pixels in the training images. Reported beside it: the same share for the real images (what a
@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
 from preparation import PreparationError, clear_errors, write_json
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import cKDTree

@@ -5,7 +5,12 @@ The loader hands over integers; the one-hot map of 151 or more channels exists o
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+
+from .lookup import LabelLayout
 
 
 def instance_edges(instance: torch.Tensor) -> torch.Tensor:
@@ -49,3 +54,43 @@ def null_layout(y: torch.Tensor) -> torch.Tensor:
 def drop_layouts(y: torch.Tensor, drop: torch.Tensor) -> torch.Tensor:
     """`y` [N, L, H, W] with the samples where `drop` [N] is true replaced by the null layout, in place."""
     return y.masked_fill_(drop.view(-1, 1, 1, 1), 0.0)
+
+
+def to_network(
+    batch: dict[str, Any],
+    device: torch.device,
+    num_classes: int,
+    dtype: torch.dtype,
+    dropped: torch.Tensor | None = None,
+    look_up: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | LabelLayout]:
+    """A loader's batch as the network reads it: images float32 [N, 3, H, W] in [-1, 1] (None without photographs) and
+    the layout [N, L, H, W]. Integers travel to the device, the rest is made there.
+
+    :param dropped: bool [N], in training: these samples get the null layout.
+    :param look_up: beside `dropped`: the layout stays integers, a `LabelLayout`.
+    """
+    image = batch.get("image")
+    if image is not None:
+        image = image.to(device, non_blocking=True).float().div_(127.5).sub_(1.0)
+    label, instance = batch["label"].to(device, non_blocking=True), batch.get("instance")
+    if instance is not None:
+        instance = instance.to(device, non_blocking=True)
+    if dropped is None:
+        return image, encode_label_map(label, instance, num_classes, dtype)
+    dropped = dropped.to(device, non_blocking=True)
+    if look_up:
+        edge = None if instance is None else instance_edges(instance)
+        return image, LabelLayout(label, edge, num_classes, dropped, dtype)
+    return image, drop_layouts(encode_label_map(label, instance, num_classes, dtype), dropped)
+
+
+def to_uint8(images: torch.Tensor, grey: bool = False) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3] on the CPU, rounded to the nearest.
+
+    :param grey: every channel becomes the mean of the three, for a network trained on grey pictures: it draws three
+        channels, which noise of their own leaves slightly apart.
+    """
+    if grey:
+        images = images.mean(dim=1, keepdim=True).expand_as(images)
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

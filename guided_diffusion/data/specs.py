@@ -162,7 +162,7 @@ def _benchmark(mode: str) -> DatasetSpec:
             ignore_class=0,
             instances="files",
             crop="keep_aspect",
-            preparation="; scripts/prepare_cityscapes.py makes labelIds and instanceIds from the polygons",
+            preparation="; scripts/data/prepare_cityscapes.py makes labelIds and instanceIds from the polygons",
         )
     if mode == "celeba":  # photographs of 1024 x 1024 with label maps of 512 x 512
         layout = FolderLayout("{split}/images", "{split}/labels")
@@ -171,7 +171,7 @@ def _benchmark(mode: str) -> DatasetSpec:
             layout=layout,
             instances="labels",
             label_scale=True,
-            preparation="; scripts/prepare_celebamask.py makes it from the published archive",
+            preparation="; scripts/data/prepare_celebamask.py makes it from the published archive",
         )
     layout = FolderLayout("{split}_img", "{split}_label", "{split}_inst")
     return DatasetSpec(
@@ -180,7 +180,7 @@ def _benchmark(mode: str) -> DatasetSpec:
         remap={255: 182},
         ignore_class=182,
         instances="files",
-        preparation="; scripts/prepare_cocostuff.py makes it from the published archives",
+        preparation="; scripts/data/prepare_cocostuff.py makes it from the published archives",
     )
 
 

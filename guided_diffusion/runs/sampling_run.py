@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import checkpoints
-from .dataset_specs import DatasetSpec
-from .dist_util import World
-from .image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
-from .image_listing import some_names
-from .logger import progress_bar
+from ..data.listing import some_names
+from ..data.specs import DatasetSpec
+from ..dist_util import World
+from ..image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
+from ..logger import progress_bar
+from ..pipeline import Sampling, SDMPipeline, image_seed
+from ..settings import ConfigError, SampleConfig, binding_settings
+from ..weights import store
 from .pictures import colorize, contact_sheet, save_png
-from .pipeline import Sampling, SDMPipeline, image_seed
-from .settings import ConfigError, SampleConfig, binding_settings
 from .stop_signals import StopSignals
 
 OVERVIEW_ROWS = 8
@@ -137,14 +137,14 @@ class SampleRun:
         path = self.folder
         try:
             os.makedirs(path, exist_ok=True)
-            self._lock = checkpoints.lock(path, "results_path")  # held until the process ends
+            self._lock = store.lock(path, "results_path")  # held until the process ends
             for name in ("images", "labels", *self.sample_folders):
                 path = os.path.join(self.folder, name)
                 if name != "images" or self.dataset.has_images:
                     os.makedirs(path, exist_ok=True)
-                checkpoints.remove_leftovers(path)
+                store.remove_leftovers(path)
         except OSError as error:
-            raise checkpoints.CheckpointError(f"cannot write {path}: {error}; choose another --results_path") from error
+            raise store.CheckpointError(f"cannot write {path}: {error}; choose another --results_path") from error
         afresh = self._check_record()
         changed = self._check_layouts()
         if afresh:  # all of them: what remains must not pass for having been made with these settings
@@ -162,7 +162,7 @@ class SampleRun:
             ]
             if missing:
                 todo[layout] = missing
-        checkpoints.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
+        store.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
         kinds = ["labels", *(["images"] if self.dataset.has_images else [])]
         inputs = [
             layout
@@ -284,7 +284,7 @@ class SampleRun:
         try:
             save_png(picture, path)
         except OSError as error:
-            raise checkpoints.CheckpointError(
+            raise store.CheckpointError(
                 f"cannot write {path}: {error}; what is there is whole, start again to go on"
             ) from error
 
@@ -299,12 +299,12 @@ class SampleRun:
         before = self.record["run"].get("made", {"images": 0, "seconds": 0.0})
         seconds = round(before["seconds"] + seconds, 3)
         self.record["run"]["made"] = {"images": before["images"] + count, "seconds": seconds, "ranks": self.world.size}
-        checkpoints.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
+        store.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
 
     def _finish(self) -> None:
         """Notes that all is there, and draws the overview. On rank 0."""
         if self.record["run"].pop("overwriting", False):
-            checkpoints.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
+            store.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
         self._overview()
 
     def _overview(self) -> None:
@@ -351,7 +351,7 @@ def sampling_record(
     layouts |= {} if config.labels_dir else {"split": config.split}
     return {
         "images": {
-            "model_sha256": checkpoints.file_hash(config.model_path),
+            "model_sha256": store.file_hash(config.model_path),
             "seed": config.seed,
             "precision": precision,
             **dataclasses.asdict(sampling),

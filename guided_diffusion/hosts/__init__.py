@@ -1,0 +1,4 @@
+"""The machine: addresses of hosts, ranks that watch each other, free memory, work over all cores.
+
+May import nothing else of the package. Called by `dist_util`, `pipeline`, the training loop and the scripts.
+"""
