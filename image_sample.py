@@ -10,16 +10,15 @@ import sys
 from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
-from guided_diffusion.runs.sampling_run import SampleRun, sampling_of, sampling_record
+from guided_diffusion.runs.sampling_run import SampleRun, sampling_record
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
-from guided_diffusion.script_util import build_config, parse_flags
+from guided_diffusion.script_util import build_config, given_of, parse_flags
 from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
     SampleConfig,
-    resolve_precision,
 )
 from guided_diffusion.weights import store
 
@@ -34,14 +33,8 @@ def main() -> int:
         config = build_config(SampleConfig, flags)
         config.check()
         recorded = store.read_config(config.model_path)
-        data = build_config(DataConfig, flags, recorded and recorded["data"])
-        settings = {
-            name: value
-            for name, value in flags.items()
-            if name in {field.name for cls in (ModelConfig, DiffusionConfig) for field in dataclasses.fields(cls)}
-        }
-        sampling = sampling_of(config, settings.get("timestep_respacing", ""))
-        precision = resolve_precision(config.precision, settings.get("use_fp16", False))
+        data = build_config(DataConfig, flags, recorded and recorded.get("data"))
+        sampling = config.sampling()
 
         log = print if world.is_main else lambda message: None
         log(f"results folder: {config.results_path}")
@@ -50,11 +43,11 @@ def main() -> int:
             log(f"note: trained with drop_rate 0, so without null layouts: s {config.s:g} guides by noise; --s 1")
         pipeline = SDMPipeline.from_checkpoint(
             config.model_path,
-            precision=precision,
+            precision=config.precision,
             device=world.device,
             keep_modulations=config.keep_modulations,
             compile=config.compile,
-            **settings,
+            **given_of(flags, ModelConfig, DiffusionConfig),
         )
         pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here
         alone = config.labels_dir and "data_dir" not in flags and "dataset_mode" not in flags
@@ -83,7 +76,7 @@ def main() -> int:
             dataset=dataset,
             config=config,
             sampling=sampling,
-            record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), precision, dataset.spec),
+            record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), dataset.spec),
             num_workers=data.num_workers,
             world=world,
             log=log,

@@ -14,14 +14,13 @@ from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
-from guided_diffusion.script_util import build_config, create_model, parse_flags
+from guided_diffusion.script_util import build_config, create_model, network_settings, parse_flags
 from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
     DiffusionConfig,
     ModelConfig,
     TrainConfig,
-    resolve_precision,
 )
 from guided_diffusion.train_util import TrainingDiverged, TrainLoop
 from guided_diffusion.weights.store import CheckpointError, recorded_config
@@ -40,15 +39,9 @@ def main() -> int:
         recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))
         if recorded is None and "num_classes" not in flags:  # as many as the data set has
             flags["num_classes"] = get_spec(data.dataset_mode, data.data_dir or None).num_classes
-        model_config = build_config(ModelConfig, flags, recorded and recorded["model"], source)
-        diffusion_config = build_config(DiffusionConfig, flags, recorded and recorded["diffusion"], source)
-        # Neither flag is binding: where one is given, it counts, else what the run was trained in.
-        if config.precision and "use_fp16" not in flags:
-            model_config = dataclasses.replace(model_config, use_fp16=False)
-        elif recorded and "use_fp16" not in flags:
-            config.precision = recorded.get("training", {}).get("precision", "")
-        resolve_precision(config.precision, model_config.use_fp16)
-
+        model_config, diffusion_config, config.precision = network_settings(
+            flags, recorded, source, precision=config.precision, training=True
+        )
         dataset, validation = open_splits(data, config, model_config)
         logger = Logger(logdir, active=world.is_main, tensorboard=config.tensorboard)
         logger.log(f"log directory: {os.path.abspath(logdir)}")

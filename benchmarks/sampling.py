@@ -26,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from guided_diffusion.layouts.encode import encode_label_map
-from guided_diffusion.layouts.spade import GuidedLayout, SPADEGroupNorm
-from guided_diffusion.pipeline import Sampling, SDMPipeline
+from guided_diffusion.layouts.spade import Layout, SPADEGroupNorm
+from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.script_util import create_model
-from guided_diffusion.settings import DiffusionConfig, ModelConfig
+from guided_diffusion.settings import DiffusionConfig, ModelConfig, Sampling
 from guided_diffusion.unet import AttentionBlock, UNetModel
 
 CLASSES = 151
@@ -89,17 +89,25 @@ def guided_steps(
         first,
         lambda: ours(twice, t.repeat(2), y=both),
     )
-    steps["+ one encoder pass for both"] = (first, lambda: ours(x, t, y=ours.guided_layout(y)))
+
+    def guided(network: UNetModel, layout: Layout, none: Layout) -> torch.Tensor:
+        return torch.cat(network.denoise(x, t, layout, none))
+
+    steps["+ one encoder pass for both"] = (
+        first,
+        lambda: guided(ours, ours.encode_layout(y), ours.encode_layout(null[:1])),
+    )
     for precision in precisions:
         network = ours if precision == first else make_network(config, device, DTYPES[precision])
         condition = y.to(DTYPES[precision])
-        layout = GuidedLayout(network.encode_layout(condition), network.encode_layout(torch.zeros_like(condition[:1])))
+        kept = [network.encode_layout(part, keep=True) for part in (condition, torch.zeros_like(condition[:1]))]
         title = "+ scale and shift kept for all steps"
         title += "" if precision == first else f", {precision}"
-        steps[title] = (precision, lambda network=network, layout=layout: network(x, t, y=layout))
+        steps[title] = (precision, lambda network=network, kept=kept: guided(network, *kept))
         if compiled:
-            fast = torch.compile(network)
-            steps[f"{title}, compiled"] = (precision, lambda fast=fast, layout=layout: fast(x, t, y=layout))
+            fast = make_network(config, device, DTYPES[precision])
+            fast.compile_prediction()
+            steps[f"{title}, compiled"] = (precision, lambda fast=fast, kept=kept: guided(fast, *kept))
     return steps
 
 

@@ -15,7 +15,10 @@ import torch
 
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .sampling import solvers
+from .sampling.guidance import Level, Predictor
+from .sampling.loop import sample_loop
+from .sampling.prediction import Prediction, PredictsImage, PredictsNoise, PredictsVelocity
+from .sampling.solvers import Denoised
 
 Model = Callable[..., torch.Tensor]
 ModelArguments = dict[str, Any]
@@ -82,8 +85,9 @@ class GaussianDiffusion:
             raise ValueError(f"unknown loss_weighting {loss_weighting!r}: choose none or min_snr")
         if predict_xstart and predict_v:
             raise ValueError("predict_xstart and predict_v exclude each other: the network predicts one thing")
-        self.predict_xstart = predict_xstart
-        self.predict_v = predict_v
+        self.prediction: Prediction = (
+            PredictsImage() if predict_xstart else PredictsVelocity() if predict_v else PredictsNoise()
+        )
         self.learn_sigma = learn_sigma
         self.use_kl = use_kl
         self.rescale_learned_sigmas = rescale_learned_sigmas
@@ -113,9 +117,7 @@ class GaussianDiffusion:
         snr = self.alphas_cumprod / np.maximum(1.0 - self.alphas_cumprod, 1e-20)
         self.loss_weights = np.ones_like(snr)
         if loss_weighting == "min_snr":
-            # The squared error of x_0 is that of the noise over SNR, and that of the velocity over SNR + 1.
-            of_prediction = 1.0 if predict_xstart else snr + 1 if predict_v else snr
-            self.loss_weights = np.minimum(snr, min_snr_gamma) / of_prediction
+            self.loss_weights = np.minimum(snr, min_snr_gamma) / self.prediction.image_error(snr)
         self._on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     # -- tables -------------------------------------------------------------------------------------------------------
@@ -155,39 +157,28 @@ class GaussianDiffusion:
 
     # -- p ------------------------------------------------------------------------------------------------------------
 
-    def model_output(self, model: Model, x: torch.Tensor, t: torch.Tensor, model_kwargs: ModelArguments | None):
+    def level(self, x: torch.Tensor, t: torch.Tensor, progress: float = 0.0) -> Level:
+        """x_t at timesteps t [N] as guidance sees it."""
+
+        def at(name: str) -> torch.Tensor:
+            return self._at(name, t)
+
+        return Level(
+            x,
+            progress,
+            image=lambda output: self.prediction.image(output, x, at),
+            output=lambda image: self.prediction.output(image, x, at),
+        )
+
+    def model_output(
+        self, model: Model, x: torch.Tensor, t: torch.Tensor, model_kwargs: ModelArguments | None
+    ) -> torch.Tensor:
         """What the network says of x_t, guided where `model_kwargs["s"]` > 1: [N, C or 2C, H, W].
 
-        eps = eps(null) + s * (eps(layout) - eps(null)); the variance is that of the conditional pass. Both passes are
-        one batch. `model_kwargs["y"]` is a tensor, or a layout that the network has encoded: a `GuidedLayout` where the
-        output is guided.
-
+        `model_kwargs["y"]` is a tensor, or what the network has encoded (see `Predictor.from_kwargs`).
         :raises ValueError: an encoded layout without its null layout, or a layout of another size than x.
         """
-        arguments = dict(model_kwargs or {})
-        scale = arguments.pop("s", 1.0)
-        timesteps = self.model_timesteps(t)
-        y = arguments.get("y")
-        if scale <= 1.0:
-            if y is not None:
-                arguments["y"] = getattr(y, "conditional", y)
-            return model(x, timesteps, **arguments)
-        if isinstance(y, torch.Tensor) and hasattr(model, "guided_layout"):
-            if y.shape[2:] != x.shape[2:]:
-                raise ValueError(f"layout {list(y.shape)} and image {list(x.shape)} differ in size")
-            arguments["y"] = model.guided_layout(y)
-        elif isinstance(y, torch.Tensor):
-            arguments["y"] = torch.cat([y, torch.zeros_like(y)])
-            x, timesteps = torch.cat([x, x]), torch.cat([timesteps, timesteps])
-        elif getattr(y, "passes", 2) != 2:
-            raise ValueError(
-                f"s is {scale}, but y is an encoded layout without the null layout that guidance needs: give "
-                "GuidedLayout(y, null), null being the encoded layout of zeros, or the layout as a tensor"
-            )
-        channels = x.shape[1]
-        output, null = model(x, timesteps, **arguments).chunk(2)
-        guided = torch.lerp(null[:, :channels], output[:, :channels], scale)
-        return torch.cat([guided, output[:, channels:]], dim=1)
+        return Predictor.from_kwargs(model, model_kwargs, x)(self.model_timesteps(t), self.level(x, t))
 
     def p_mean_variance(
         self,
@@ -202,11 +193,24 @@ class GaussianDiffusion:
 
         `denoised_fn` is applied to the predicted x_0 before it is clipped to [-1, 1] (`clip_denoised`).
         """
-        return self._p_from_output(
-            self.model_output(model, x, t, model_kwargs), x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn
-        )
+        output = self.model_output(model, x, t, model_kwargs)
+        return self._p_from_output(output, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn)._asdict()
 
-    def _p_from_output(self, output, x, t, *, clip_denoised, denoised_fn=None) -> dict[str, torch.Tensor]:
+    def denoised(
+        self,
+        predictor: Predictor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        progress: float,
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Denoised:
+        """`p_mean_variance` as the sampling loop asks for it; `progress` goes from 0 at pure noise towards 1."""
+        output = predictor(self.model_timesteps(t), self.level(x, t, progress))
+        return self._p_from_output(output, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
+
+    def _p_from_output(self, output, x, t, *, clip_denoised, denoised_fn=None) -> Denoised:
         channels = x.shape[1]
         expected = 2 * channels if self.learn_sigma else channels
         if output.shape[1] != expected:
@@ -220,20 +224,13 @@ class GaussianDiffusion:
             log_variance = low + (v + 1) / 2 * (high - low)
         else:
             log_variance = self._at("fixed_log_variance", t).expand_as(x)
-        if self.predict_xstart:
-            pred_xstart = output
-        elif self.predict_v:
-            pred_xstart = self._at("sqrt_alphas_cumprod", t) * x - self._at("sqrt_one_minus_alphas_cumprod", t) * output
-        else:
-            pred_xstart = (
-                self._at("sqrt_recip_alphas_cumprod", t) * x - self._at("sqrt_recipm1_alphas_cumprod", t) * output
-            )
+        pred_xstart = self.level(x, t).image(output)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
             pred_xstart = pred_xstart.clamp(-1, 1)
         mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        return dict(mean=mean, variance=log_variance.exp(), log_variance=log_variance, pred_xstart=pred_xstart)
+        return Denoised(mean, log_variance.exp(), log_variance, pred_xstart)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -256,7 +253,7 @@ class GaussianDiffusion:
         """
         if cond_fn is not None:
             raise ValueError("cond_fn: there is no classifier guidance here; SDM takes model_kwargs=dict(y=y, s=1.5)")
-        kwargs = {"sampler": "ddpm", "clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **kwargs}
+        kwargs = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **kwargs}
         kwargs |= {"model_kwargs": model_kwargs, "progress": progress}
         sample = None
         for step in self.sample_loop_progressive(model, shape, noise, device, **kwargs):
@@ -275,14 +272,15 @@ class GaussianDiffusion:
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields each step's `sample` and `pred_xstart`, from noise to image; `solvers.sample_loop` has the rest of
-        the arguments. `shape` and `device` matter where `noise` is not given."""
+        """Yields each step's `sample` and `pred_xstart`, from noise to image; `sampling.loop.sample_loop` has the
+        other arguments. `shape` and `device` matter where `noise` is not given."""
         if noise is None:
             if device is None:
                 parameters = getattr(model, "parameters", lambda: iter(()))()
                 device = next((p.device for p in parameters), torch.device("cpu"))
             noise = torch.randn(*shape, device=device)
-        return solvers.sample_loop(self, model, noise, **kwargs)
+        for moment in sample_loop(self, model, noise, **kwargs):
+            yield {"sample": moment.x, "pred_xstart": moment.pred_xstart}
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -307,12 +305,7 @@ class GaussianDiffusion:
             return {"loss": self._bound_term(output, x_start, x_t, t) * self.num_timesteps}
         channels = x_start.shape[1]
         prediction = output[:, :channels]
-        if self.predict_xstart:
-            target = x_start
-        elif self.predict_v:
-            target = self._at("sqrt_alphas_cumprod", t) * noise - self._at("sqrt_one_minus_alphas_cumprod", t) * x_start
-        else:
-            target = noise
+        target = self.prediction.target(x_start, noise, lambda name: self._at(name, t))
         terms = {"mse": mean_flat((target - prediction) ** 2)}
         terms["loss"] = terms["mse"] * self._at("loss_weights", t).flatten()
         if self.learn_sigma:
@@ -327,8 +320,8 @@ class GaussianDiffusion:
         """One term of the variational bound, in bits per dimension [N]: the KL, or the likelihood where t is 0."""
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
         p = self._p_from_output(output, x_t, t, clip_denoised=False)
-        kl = mean_flat(normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"]))
+        kl = mean_flat(normal_kl(true_mean, true_log_variance, p.mean, p.log_variance))
         likelihood = mean_flat(
-            discretized_gaussian_log_likelihood(x_start, means=p["mean"], log_scales=0.5 * p["log_variance"])
+            discretized_gaussian_log_likelihood(x_start, means=p.mean, log_scales=0.5 * p.log_variance)
         )
         return torch.where(t == 0, -likelihood, kl) / math.log(2.0)

@@ -7,10 +7,11 @@ images[0].save("sample.png")
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ from .data.transforms import open_map
 from .fp16_util import PRECISIONS
 from .hosts.memory import available_memory
 from .layouts.encode import encode_label_map, to_uint8
-from .layouts.spade import GuidedLayout, Layout
+from .layouts.spade import Layout
 from .respace import SpacedDiffusion
-from .sampling.solvers import SAMPLERS, dynamic_thresholding, sample_loop
-from .script_util import build_config, create_gaussian_diffusion, create_model
+from .sampling.guidance import Predictor, make_guidance
+from .sampling.loop import Moment, run_moves
+from .sampling.solvers import SAMPLERS, dynamic_thresholding
+from .script_util import create_gaussian_diffusion, create_model, network_settings
 from .seeding import ImageNoise, stable_seed, whole_number
-from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, auto_choice, resolve_precision
+from .settings import DiffusionConfig, ModelConfig, Sampling, auto_choice, check_known
 from .unet import UNetModel
 from .weights import store
 
@@ -34,46 +37,15 @@ MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselve
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How images are made; the flags of the same names say more."""
+class Keeping:
+    """Whether SPADE's scale and shift are kept for all steps, decided once for a run.
 
-    s: float = 1.5
-    sampler: str = "dpmsolver++"
-    num_steps: int = 20
-    timestep_respacing: str = ""
-    eta: float = 0.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    clip_denoised: bool = True
-    dynamic_threshold: float = 0.0
+    `layouts` is how many layouts fit at a time; a batch of more is made in parts. `reason` is a line for a log.
+    """
 
-    def __post_init__(self) -> None:
-        """Gives every value its field's type, as 2 for "2". :raises ConfigError: a value that no sampler takes."""
-        object.__setattr__(self, "guidance_interval", _interval(self.guidance_interval))  # the dataclass is frozen
-        for field in dataclasses.fields(self):
-            if field.name != "guidance_interval":
-                object.__setattr__(self, field.name, as_setting(field.name, field.default, getattr(self, field.name)))
-        if not math.isfinite(self.s):
-            raise ConfigError(f"s must be a finite number; got {self.s} (1 or less: no guidance)")
-        if self.sampler not in SAMPLERS:
-            raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ConfigError(f"guidance_interval must be LOW,HIGH with 0 <= LOW < HIGH <= 1; got {low},{high}")
-        if not 0 <= self.dynamic_threshold <= 1:
-            raise ConfigError(f"dynamic_threshold must lie in (0, 1], or be 0 for none; got {self.dynamic_threshold}")
-        if not 0 <= self.eta <= 1:
-            raise ConfigError(f"eta must lie between 0 and 1; got {self.eta}")
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    """The guidance interval, from two numbers or from text as the flag's. :raises ConfigError: it is neither."""
-    try:
-        low, high = value.split(",") if isinstance(value, str) else value
-        return float(low), float(high)
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"guidance_interval must be LOW,HIGH, two numbers such as (0.1, 0.8); got {value!r}"
-        ) from None
+    keep: bool
+    layouts: int
+    reason: str
 
 
 class SDMPipeline:
@@ -97,15 +69,20 @@ class SDMPipeline:
     ):
         """grey: the network was trained on grey pictures, and its images are to be grey as well."""
         self.grey = grey
+        self.precision = precision
         self.keep_modulations = auto_choice("keep_modulations", keep_modulations)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).convert_to(PRECISIONS[precision])
         self.model.eval().requires_grad_(False)
-        self.network: Callable[..., torch.Tensor] = torch.compile(self.model) if compile else self.model
+        self.reuses_buffers = compile  # kept maps stay at one address, as a graph's replay needs it
+        if compile:
+            self.model.compile_prediction()
         self.model_config, self.diffusion_config = model_config, diffusion_config
         self.sharing_memory = 1  # processes among which the device's free memory is divided
         self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
+        self._lock = threading.Lock()  # for the two below, which calls from several threads share
         self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
+        self._buffers: tuple[tuple[int, ...], Layout] | None = None  # the kept layout of the last run, of that shape
 
     @classmethod
     def from_checkpoint(
@@ -125,13 +102,10 @@ class SDMPipeline:
         """
         path = os.fspath(path)  # text from here on: a checkpoint may be a URL, too
         recorded = store.read_config(path)
-        known = {field.name for cls in (ModelConfig, DiffusionConfig) for field in dataclasses.fields(cls)}
-        if unknown := settings.keys() - known:
-            raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
-        source = f"{store.CONFIG_NAME} beside {path}"
-        model_config = build_config(ModelConfig, settings, recorded and recorded["model"], source)
-        diffusion_config = build_config(DiffusionConfig, settings, recorded and recorded["diffusion"], source)
-        precision = resolve_precision(precision, "use_fp16" in settings and model_config.use_fp16)
+        check_known(settings, ModelConfig, DiffusionConfig)
+        model_config, diffusion_config, precision = network_settings(
+            settings, recorded, f"{store.CONFIG_NAME} beside {path}", precision=precision
+        )
         weights = store.load_weights(path)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
@@ -168,11 +142,13 @@ class SDMPipeline:
         :param batch_size: how many are made at a time; memory grows with it.
         :param seed: a whole number of any type (an element of np.arange, too).
         :param name: the layout's name, which is part of the seed (the sampling script uses the file's stem).
-        :param sampling: fields of `Sampling`: s, sampler, num_steps, ...
+        :param sampling: fields of `settings.Sampling`: s, sampler, num_steps, ...
+        :raises ConfigError: an unknown one, or a value that no sampler takes.
         :raises ValueError: ids or sizes that do not fit, naming them. :raises TypeError: a seed that is not whole.
         """
         if samples < 1 or batch_size < 1:
             raise ValueError(f"samples ({samples}) and batch_size ({batch_size}) must be at least 1")
+        check_known(sampling, Sampling)
         if sampling.get("timestep_respacing") and "num_steps" not in sampling:
             sampling["num_steps"] = 0
         label = self._read_map(label_map, "label map")
@@ -202,13 +178,15 @@ class SDMPipeline:
         *,
         seeds: Sequence[int],
         sampling: Sampling,
+        keeping: Keeping | None = None,
         progress: bool = False,
-        on_step: Callable[[], Any] | None = None,
+        on_step: Callable[[Moment], Any] | None = None,
     ) -> np.ndarray:
-        """Images uint8 [N, H, W, 3], one for each of the N seeds.
+        """Images uint8 [N, H, W, 3], one for each of the N seeds. May be called from several threads.
 
         :param label: integers [N, 1, H, W], or [1, 1, H, W] for N samples of one layout; `instance` likewise.
-        :param on_step: called after every step.
+        :param keeping: what `keeping` has decided for the run; by default for this call alone.
+        :param on_step: called after every step, with what is known then.
         :raises ValueError: maps of different sizes. :raises FloatingPointError: the network's numbers left its
             precision's range.
         """
@@ -219,28 +197,43 @@ class SDMPipeline:
                 f"{height}x{width}: both must have a value for every pixel"
             )
         self.model.check_size(height, width)
+        keeping = keeping or self.keeping(len(label), height, width)
+        size = keeping.layouts if len(label) > 1 else len(seeds)
+        return np.concatenate(
+            [
+                self._generate(
+                    label[first : first + size],
+                    None if instance is None else instance[first : first + size],
+                    ImageNoise(seeds[first : first + size], (3, height, width), self.device),
+                    sampling,
+                    keeping.keep,
+                    progress,
+                    on_step,
+                )
+                for first in range(0, len(seeds), size)
+            ]
+        )
+
+    def _generate(self, label, instance, noise, sampling, keep, progress, on_step) -> np.ndarray:
         instance = None if instance is None else instance.to(self.device)
         y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
-        noise = ImageNoise(seeds, (3, height, width), self.device)
-        layout = self._layout(y, sampling.s > 1)
-        del y  # where scale and shift are kept, nothing else needs the maps
         diffusion = self.diffusion(sampling.timestep_respacing, sampling.num_steps)
-        for step in sample_loop(
-            diffusion,
-            self.network,
-            noise(),
-            sampler=sampling.sampler,
-            eta=sampling.eta,
-            model_kwargs={"y": layout, "s": sampling.s},
-            clip_denoised=sampling.clip_denoised,
-            denoised_fn=dynamic_thresholding(sampling.dynamic_threshold) if sampling.dynamic_threshold else None,
-            guidance_interval=sampling.guidance_interval,
-            draw_noise=noise,
-            progress=progress,
-        ):
-            sample = step["sample"]
-            if on_step is not None:
-                on_step()
+        guidance = make_guidance(sampling.s, sampling.guidance_interval)
+        with self._layout(y, keep) as layout:
+            null = self._null_layout(y, keep) if guidance.other == "null" else None
+            del y  # where scale and shift are kept, nothing else needs the maps
+            for moment in run_moves(
+                diffusion,
+                Predictor(self.model, layout, guidance, null),
+                noise(),
+                SAMPLERS[sampling.sampler](diffusion, sampling.eta),
+                clip_denoised=sampling.clip_denoised,
+                denoised_fn=dynamic_thresholding(sampling.dynamic_threshold) if sampling.dynamic_threshold else None,
+                draw_noise=noise,
+                after=on_step,
+                progress=progress,
+            ):
+                sample = moment.x
         if not bool(torch.isfinite(sample).all()):
             precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.model.dtype)
             remedy = "try --precision bf16" if precision == "fp16" else "has the training of this checkpoint diverged?"
@@ -257,30 +250,50 @@ class SDMPipeline:
 
     # -- layouts ------------------------------------------------------------------------------------------------------
 
-    def keeps(self, layouts: int, height: int, width: int) -> tuple[bool, str]:
-        """Whether the modulations of so many layouts (and the null layout) are kept, and why, as a line for a log."""
-        needed = (layouts + 1) * self.model.modulation_bytes(height, width)
+    def keeping(self, layouts: int, height: int, width: int) -> Keeping:
+        """Whether the modulations of layouts of height x width (and of the null layout) are kept, up to `layouts` at a
+        time, by the memory that is free now. Fewer at a time rather than none."""
+        each = self.model.modulation_bytes(height, width)
         free = free_memory(self.device) // self.sharing_memory
-        keep = self.keep_modulations == "true" or (self.keep_modulations == "auto" and needed < MEMORY_SHARE * free)
-        return keep, (
+        fit = int(MEMORY_SHARE * free) // each - 1  # one is the null layout
+        keep = self.keep_modulations == "true" or (self.keep_modulations == "auto" and fit >= 1)
+        at_once = max(1, min(layouts, fit)) if keep and self.keep_modulations == "auto" else layouts
+        return Keeping(
+            keep,
+            at_once,
             f"SPADE's scale and shift are {'kept for all steps' if keep else 'computed anew in every step'}: "
-            f"{needed / 2**30:.2f} GiB for {layouts} layout{'s' if layouts > 1 else ''} and the null layout, "
+            f"{(at_once + 1) * each / 2**30:.2f} GiB for {at_once} layout{'s' * (at_once > 1)} and the null layout"
+            f"{f' ({layouts} at once would not fit)' * (at_once < layouts)}, "
             f"{free / 2**30:.1f} GiB are free{' for each process' * (self.sharing_memory > 1)} "
-            f"(keep_modulations {self.keep_modulations})"
+            f"(keep_modulations {self.keep_modulations})",
         )
 
-    def _layout(self, y: torch.Tensor, guided: bool) -> Layout | GuidedLayout:
+    @contextlib.contextmanager
+    def _layout(self, y: torch.Tensor, keep: bool) -> Iterator[Layout]:
+        """The encoded layout, for as long as it is needed."""
+        if not (keep and self.reuses_buffers):
+            yield self.model.encode_layout(y, keep)
+            return
+        shape = tuple(y.shape)
+        with self._lock:  # whoever takes the buffers has them alone
+            (known, buffers), self._buffers = self._buffers or (None, None), None
+        layout = self.model.encode_layout(y, keep, buffers if known == shape else None)
+        try:
+            yield layout
+        finally:
+            with self._lock:
+                self._buffers = (shape, layout)
+
+    def _null_layout(self, y: torch.Tensor, keep: bool) -> Layout:
+        """The null layout of the size of y; a kept one is remembered for the next run of that size."""
+        if not keep:
+            return self.model.encode_layout(torch.zeros_like(y[:1]))
         size = tuple(y.shape[2:])
-        if self._null is not None and self._null[0] != size:
-            self._null = None
-        if not self.keeps(len(y), *size)[0]:
-            return self.model.guided_layout(y) if guided else Layout(y)
-        layout = self.model.encode_layout(y)
-        if not guided:
-            return layout
-        if self._null is None:
-            self._null = (size, self.model.encode_layout(torch.zeros_like(y[:1])))
-        return GuidedLayout(layout, self._null[1])
+        with self._lock:
+            if self._null is None or self._null[0] != size:
+                self._null = None  # freed before the other is made
+                self._null = (size, self.model.encode_layout(torch.zeros_like(y[:1]), keep=True))
+            return self._null[1]
 
     def _read_map(self, source: Any, kind: str) -> torch.Tensor:
         if isinstance(source, (str, os.PathLike)):

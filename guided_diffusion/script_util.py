@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .gaussian_diffusion import get_named_beta_schedule
 from .respace import SpacedDiffusion, space_timesteps, trailing_timesteps
-from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, str2bool
+from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, check_known, resolve_precision, str2bool
 from .unet import UNetModel
 
 Config = TypeVar("Config")
@@ -25,16 +25,23 @@ def parse_flags(classes: Sequence[type], argv: Sequence[str] | None = None, desc
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    seen: set[str] = set()
     for cls in classes:
         group = parser.add_argument_group((cls.__doc__ or cls.__name__).splitlines()[0])
         for field in dataclasses.fields(cls):
-            kind = str2bool if isinstance(field.default, bool) else type(field.default)
-            default = repr(field.default) if field.default == "" else field.default
+            if field.name in seen:  # two groups share it
+                continue
+            seen.add(field.name)
+            default, kind, metavar = field.default, type(field.default), type(field.default).__name__.upper()
+            if kind is bool:
+                kind, metavar = str2bool, "BOOL"
+            elif kind is tuple:  # text here; `build_config` makes numbers of it
+                kind, metavar, default = str, "LOW,HIGH", ",".join(f"{value:g}" for value in default)
             group.add_argument(
                 f"--{field.name}",
                 type=kind,
-                metavar=kind.__name__.upper() if kind is not str2bool else "BOOL",
-                help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+                metavar=metavar,
+                help=f"{field.metadata['help']} (default: {default or repr(default)})".replace("%", "%%"),
             )
     return vars(parser.parse_args(argv))
 
@@ -46,11 +53,14 @@ def build_config(
 
     :param given: as the flags' parser makes them, or Python values that mean the same, as channel_mult=(1, 2).
     :param source: the file that `recorded` comes from.
-    :raises ConfigError: a flag of another type, or one that contradicts a recorded value that binds the network.
+    :raises ConfigError: a value of another type, or a flag that contradicts a recorded value that binds the network.
     """
     names = {field.name: field for field in dataclasses.fields(cls)}
     own = {name: as_setting(name, names[name].default, value) for name, value in given.items() if name in names}
-    old = {name: value for name, value in (recorded or {}).items() if name in names}
+    try:
+        old = {n: as_setting(n, names[n].default, value) for n, value in (recorded or {}).items() if n in names}
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
     config = cls(**{**old, **own})
     if recorded is not None:
         before = cls(**old)
@@ -61,6 +71,43 @@ def build_config(
                     f"{getattr(before, name)!r} ({source}); leave the flag out, or choose another checkpoint"
                 )
     return config
+
+
+def given_of(flags: dict[str, Any], *classes: type) -> dict[str, Any]:
+    """Those of the flags that are settings of the `classes`."""
+    names = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    return {name: value for name, value in flags.items() if name in names}
+
+
+def network_settings(
+    given: dict[str, Any],
+    recorded: dict[str, Any] | None,
+    source: str = "",
+    *,
+    precision: str = "",
+    training: bool = False,
+) -> tuple[ModelConfig, DiffusionConfig, str]:
+    """The network, its diffusion and its precision, from flags or keyword arguments over a checkpoint's config over the
+    defaults: what training, sampling and the pipeline share.
+
+    :param given: may hold other settings as well. :param recorded: the content of config.json; None without one.
+    :param precision: as it was asked for; empty: not at all. :param training: it then is that of the recorded run;
+        sampling takes float32, unless `given` says use_fp16.
+    :return: with `precision` as a key of PRECISIONS, or empty where a new training leaves it to use_fp16.
+    :raises ConfigError: see `build_config`; or use_fp16 and precision contradict each other.
+    """
+    groups = recorded or {"model": None, "diffusion": None}
+    model = build_config(ModelConfig, given, groups["model"], source)
+    diffusion = build_config(DiffusionConfig, given, groups["diffusion"], source)
+    if not training:
+        return model, diffusion, resolve_precision(precision, "use_fp16" in given and model.use_fp16)
+    # Neither setting is binding: where one is given, it counts, else what the run was trained in.
+    if precision and "use_fp16" not in given:
+        model = dataclasses.replace(model, use_fp16=False)
+    elif recorded and "use_fp16" not in given:
+        precision = (recorded.get("training") or {}).get("precision", "")
+    resolve_precision(precision, model.use_fp16)
+    return model, diffusion, precision
 
 
 def _comparable(config: Any, name: str) -> Any:
@@ -144,9 +191,7 @@ def create_model_and_diffusion(**kwargs: Any) -> tuple[UNetModel, SpacedDiffusio
 
     :raises ConfigError: a name that is no setting of theirs, or settings that do not fit together.
     """
-    unknown = kwargs.keys() - model_and_diffusion_defaults().keys()
-    if unknown:
-        raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
+    check_known(kwargs, ModelConfig, DiffusionConfig)
     model_config, diffusion_config = build_config(ModelConfig, kwargs), build_config(DiffusionConfig, kwargs)
     model = create_model(model_config, diffusion_config.learn_sigma)
     if model_config.use_fp16:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import numbers
 import operator
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from .resample import SCHEDULE_SAMPLERS
+from .sampling.solvers import SAMPLERS
 
 
 class ConfigError(ValueError):
@@ -24,6 +27,11 @@ class ConfigError(ValueError):
 def setting(default: Any, help: str, *, binding: bool = False) -> Any:
     """A dataclass field with its help line. `binding`: a checkpoint is only good for the value it was trained with."""
     return dataclasses.field(default=default, metadata={"help": help, "binding": binding})
+
+
+def another_default(cls: type, name: str, default: Any) -> Any:
+    """The field `name` of the dataclass `cls`, with its help line, for a class that derives from it."""
+    return dataclasses.field(default=default, metadata=cls.__dataclass_fields__[name].metadata)
 
 
 @dataclass
@@ -201,9 +209,48 @@ class TrainConfig:
 
 
 @dataclass
-class SampleConfig:
+class Sampling:
+    """How images are made. These are the defaults of `pipeline(...)` in Python; `SampleConfig` has the command's, which
+    are the published ones."""
+
+    s: float = setting(1.5, "guidance scale; 1 or less: no guidance")
+    sampler: str = setting("dpmsolver++", "ddpm, ddim or dpmsolver++")
+    num_steps: int = setting(20, "steps, evenly spaced from the noisiest; 0: as timestep_respacing says")
+    timestep_respacing: str = setting("", "steps to sample with, as 250, 10,15,20 or ddim25; empty: all")
+    eta: float = setting(0.0, "randomness of ddim: 0 none, 1 that of ddpm")
+    guidance_interval: tuple[float, float] = setting(
+        (0.0, 1.0), "LOW,HIGH: part of the trajectory that is guided, 0 the noise, 1 the image"
+    )
+    clip_denoised: bool = setting(True, "clip the predicted image to [-1, 1] in every step")
+    dynamic_threshold: float = setting(0.0, "Imagen's dynamic thresholding at this quantile, as 0.995; 0: off")
+
+    def __post_init__(self) -> None:
+        """Gives every value its field's type, as 2 for "2". :raises ConfigError: a value that no sampler takes."""
+        for field in dataclasses.fields(Sampling):
+            setattr(self, field.name, as_setting(field.name, field.default, getattr(self, field.name)))
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        if not math.isfinite(self.s):
+            raise ConfigError(f"s must be a finite number; got {self.s} (1 or less: no guidance)")
+        if self.sampler not in SAMPLERS:
+            raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ConfigError(f"guidance_interval must be LOW,HIGH with 0 <= LOW < HIGH <= 1; got {low},{high}")
+        if not 0 <= self.dynamic_threshold <= 1:
+            raise ConfigError(f"dynamic_threshold must lie in (0, 1], or be 0 for none; got {self.dynamic_threshold}")
+        if not 0 <= self.eta <= 1:
+            raise ConfigError(f"eta must lie between 0 and 1; got {self.eta}")
+
+
+@dataclass
+class SampleConfig(Sampling):
     """Sampling."""
 
+    s: float = another_default(Sampling, "s", 1.0)
+    sampler: str = setting("", "ddpm, ddim or dpmsolver++; empty: ddim with use_ddim, else ddpm")
+    num_steps: int = another_default(Sampling, "num_steps", 0)
     model_path: str = setting("", "the checkpoint: an ema or model file; flags are read from config.json beside it")
     results_path: str = setting("RESULTS", "folder for images/, labels/, samples/ and the overview")
     labels_dir: str = setting("", "sample from the label maps in this folder alone, without photographs")
@@ -211,14 +258,7 @@ class SampleConfig:
     num_samples: int = setting(10000, "layouts to sample at most")
     samples_per_layout: int = setting(1, "images per layout; more than one go to samples_00/, samples_01/, ...")
     batch_size: int = setting(16, "images at a time and rank")
-    s: float = setting(1.0, "guidance scale; 1 or less: no guidance")
-    guidance_interval: str = setting("0,1", "LOW,HIGH: part of the trajectory that is guided, 0 the noise, 1 the image")
-    sampler: str = setting("", "ddpm, ddim or dpmsolver++; empty: ddim with use_ddim, else ddpm")
-    num_steps: int = setting(0, "steps, evenly spaced from the noisiest; 0: as timestep_respacing says")
     use_ddim: bool = setting(False, "the same as --sampler ddim")
-    eta: float = setting(0.0, "randomness of ddim: 0 none, 1 that of ddpm")
-    clip_denoised: bool = setting(True, "clip the predicted image to [-1, 1] in every step")
-    dynamic_threshold: float = setting(0.0, "Imagen's dynamic thresholding at this quantile, as 0.995; 0: off")
     seed: int = setting(0, "with the layout's name and the sample's index, the seed of each image")
     precision: str = setting("", "fp32, fp16 or bf16; empty: fp16 with use_fp16, else fp32")
     keep_modulations: str = setting(
@@ -229,10 +269,19 @@ class SampleConfig:
     )
     overwrite: bool = setting(False, "make images again that are there already")
 
+    def _check_sampling(self) -> None:
+        """`sampling` does it, once it is known which sampler is meant."""
+
+    def sampling(self) -> Sampling:
+        """The part that decides how images are made. :raises ConfigError: a value that no sampler takes."""
+        if self.use_ddim and self.sampler not in ("", "ddim"):
+            raise ConfigError(f"--use_ddim True contradicts --sampler {self.sampler}")
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+        return Sampling(**chosen | {"sampler": self.sampler or ("ddim" if self.use_ddim else "ddpm")})
+
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
-        if not math.isfinite(self.s):
-            raise ConfigError(f"s must be a number; got {self.s}")
+        self.sampling()
         if not self.results_path:
             raise ConfigError("results_path is empty; name a folder for the results")
         if not self.model_path:
@@ -259,6 +308,9 @@ def as_setting(name: str, default: Any, value: Any) -> Any:
     """`value` in the type of its default: "32" is 32, (1, 2) is "1,2". :raises ConfigError: it has no clear meaning."""
     kind = type(default)
     try:
+        if kind is tuple:
+            low, high = value.split(",") if isinstance(value, str) else value
+            return float(low), float(high)
         if kind is bool:
             return str2bool(value)
         if kind is str:
@@ -275,8 +327,21 @@ def as_setting(name: str, default: Any, value: Any) -> Any:
             return operator.index(value)
     except (TypeError, ValueError, argparse.ArgumentTypeError):
         pass
-    wanted = {bool: "True or False", str: "text or numbers", float: "a number", int: "a whole number"}[kind]
-    raise ConfigError(f"{name} must be {wanted}; got {value!r} ({type(value).__name__})")
+    wanted = {bool: "True or False", str: "text or numbers", float: "a number", int: "a whole number"}
+    wanted[tuple] = "LOW,HIGH, two numbers such as (0.1, 0.8)"
+    raise ConfigError(f"{name} must be {wanted[kind]}; got {value!r} ({type(value).__name__})")
+
+
+def check_known(names: Iterable[str], *classes: type) -> None:
+    """:raises ConfigError: a name that is no field of the `classes`; says which ones there are."""
+    known = sorted({field.name for cls in classes for field in dataclasses.fields(cls)})
+    if unknown := sorted(set(names) - set(known)):
+        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+        raise ConfigError(
+            f"unknown settings: {', '.join(unknown)}"
+            + (f" (is {' or '.join(dict.fromkeys(near))} meant?)" if near else "")
+            + f"; there are {', '.join(known)}"
+        )
 
 
 def auto_choice(name: str, value: object) -> str:

@@ -3,19 +3,20 @@
 The noisy image enters the encoder, the layout only the middle block and the decoder, through SPADE: a parameter-free
 group norm whose per-pixel scale and shift are convolved from the layout. Because the encoder never sees the layout,
 the conditional and the null pass of classifier-free guidance share it; because scale and shift do not depend on the
-step, they can be kept for a whole sampling loop (`UNetModel.encode_layout`).
+step, they can be kept for a whole sampling loop (`UNetModel.encode_layout`). `denoise` is what samplers call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layouts.spade import GuidedLayout, Layout, Modulation, SPADEGroupNorm
+from .layouts.spade import Layout, LayoutPair, Modulation, SPADEGroupNorm
 from .nn import Conv2d, Linear, PointwiseConv1d, normalization, timestep_embedding, zero_module
 
 
@@ -303,24 +304,20 @@ class UNetModel(nn.Module):
                 f"of {step}; got {height}x{width} (nearest: height {near[0]}, width {near[1]})"
             )
 
-    def encode_layout(self, y: torch.Tensor) -> Layout:
-        """The layout [N, L, H, W] with every norm's scale and shift computed and kept, for reuse over many steps.
+    def encode_layout(self, y: torch.Tensor, keep: bool = False, buffers: Layout | None = None) -> Layout:
+        """The layout [N, L, H, W] (all zeros: the null layout) as `denoise` reads it. N may be 1, for any batch.
 
-        What is kept takes `modulation_bytes` of memory per image. Call under `torch.inference_mode()`.
+        :param keep: compute every norm's scale and shift now, for reuse over many steps; that takes `modulation_bytes`
+            of memory per image. Call under `torch.inference_mode()`. :param buffers: see `Layout.keep`.
+        :raises ValueError: another number of channels.
         """
-        self._check_layout(y)
-        layout = Layout(y.to(self.dtype, memory_format=torch.channels_last), keep=True)
-        height, width = y.shape[2:]
-        for norm in self.spade_norms():
-            layout.modulation(norm, (height // norm.downsampling, width // norm.downsampling))
-        layout.forget_map()
-        return layout
-
-    def guided_layout(self, y: torch.Tensor) -> GuidedLayout:
-        """The layout [N, L, H, W] beside the null layout, for one guided pass; nothing is kept."""
-        self._check_layout(y)
-        y = y.to(self.dtype, memory_format=torch.channels_last)
-        return GuidedLayout(Layout(y), Layout(torch.zeros_like(y[:1])))
+        if y.ndim != 4 or y.shape[1] != self.layout_channels:
+            raise ValueError(
+                f"the layout must be [N, {self.layout_channels}, H, W] (classes, plus one for the instance edge unless "
+                f"the network was built with no_instance); got {list(y.shape)}"
+            )
+        layout = Layout(y.to(self.dtype, memory_format=torch.channels_last))
+        return layout.keep(self.spade_norms(), buffers) if keep else layout
 
     def modulation_bytes(self, height: int, width: int) -> int:
         """Bytes that `encode_layout` keeps per image of height x width."""
@@ -329,37 +326,50 @@ class UNetModel(nn.Module):
         )
         return elements * self.dtype.itemsize
 
-    def _check_layout(self, y: torch.Tensor) -> None:
-        if y.ndim != 4 or y.shape[1] != self.layout_channels:
-            raise ValueError(
-                f"the layout must be [N, {self.layout_channels}, H, W] (classes, plus one for the instance edge unless "
-                f"the network was built with no_instance); got {list(y.shape)}"
-            )
+    def denoise(
+        self, x: torch.Tensor, timesteps: torch.Tensor, layout: Modulation, other: Modulation | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predicts from x [N, C, H, W] at timesteps [N] under an encoded layout and, where given, under another one.
+
+        The encoder runs once for both, the middle block and the decoder on a batch of 2N.
+        :return: float32 [N, out_channels, H, W] each; None without `other`.
+        :raises ValueError: a size that the network cannot halve often enough.
+        """
+        self.check_size(*x.shape[2:])
+        if other is None:
+            return self._predict(x, timesteps, layout), None
+        return self._predict(x, timesteps, LayoutPair(layout, other), passes=2).chunk(2)
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | Modulation) -> torch.Tensor:
-        """Predicts from x [N, 3, H, W] at timesteps [N].
+        """`denoise` in its traditional form: y is the layout [N, L, H, W], or encoded (as in training).
 
-        `y` is the layout [N, L, H, W] (all zeros: the null layout), or one that is already encoded.
-        :return: float32 [N, out_channels, H, W]; with a `GuidedLayout` [2N, ...], conditional first.
-        :raises ValueError: a size that the network cannot halve often enough, or a layout of another shape.
+        :raises ValueError: see `denoise` and `encode_layout`; or x and y differ in size.
         """
         self.check_size(*x.shape[2:])
         if isinstance(y, torch.Tensor):
-            self._check_layout(y)
+            layout = self.encode_layout(y)
             if y.shape[2:] != x.shape[2:]:
                 raise ValueError(f"layout {list(y.shape)} and image {list(x.shape)} differ in size")
-            y = Layout(y.to(self.dtype, memory_format=torch.channels_last))
+            y = layout
+        return self._predict(x, timesteps, y)
+
+    def compile_prediction(self, **options: Any) -> None:
+        """Has `torch.compile` make what `denoise` and `forward` run."""
+        self._predict = torch.compile(self._predict, **options)
+
+    def _predict(self, x: torch.Tensor, timesteps: torch.Tensor, layout: Modulation, passes: int = 1) -> torch.Tensor:
+        """float32 [passes * N, out_channels, H, W]; `layout` is for as large a batch."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
         h = x.to(self.dtype, memory_format=torch.channels_last)
         skips = []
         for stage in self.input_blocks:
             h = stage(h, emb)
             skips.append(h)
-        # The encoder has not seen the layout: both halves of guidance go on from the same features.
-        h, emb = _repeat(h, y.passes), emb.repeat(y.passes, 1)
-        h = self.middle_block(h, emb, y)
+        # The encoder has not seen the layout: all passes go on from the same features.
+        h, emb = _repeat(h, passes), emb.repeat(passes, 1)
+        h = self.middle_block(h, emb, layout)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, _repeat(skips.pop(), y.passes)], dim=1), emb, y)
+            h = stage(torch.cat([h, _repeat(skips.pop(), passes)], dim=1), emb, layout)
         return self.out(h).float().contiguous()
 
 

@@ -10,7 +10,8 @@ import torch
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps, trailing_timesteps
-from guided_diffusion.sampling.solvers import SAMPLERS, dynamic_thresholding, sample_loop
+from guided_diffusion.sampling.loop import sample_loop
+from guided_diffusion.sampling.solvers import SAMPLERS, dynamic_thresholding
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.seeding import ImageNoise
 from guided_diffusion.settings import ConfigError, DiffusionConfig
@@ -40,7 +41,7 @@ def linear(timesteps=None, **kwargs) -> SpacedDiffusion:
 
 def last(steps):
     *_, step = steps
-    return step["sample"]
+    return step.x
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_error_falls_at_the_solvers_order(sampler, order, variance):
         diffusion = SpacedDiffusion(np.linspace(end, first, steps + 1).round().astype(int).tolist(), betas=betas)
         loop = sample_loop(diffusion, network, noise, sampler=sampler, clip_denoised=False)
         for _ in range(steps):  # not the last step, which goes on from `end` to the image
-            sample = next(loop)["sample"]
+            sample = next(loop).x
         errors.append(float((sample - expected).abs().max()))
     rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     assert rates == pytest.approx(order, abs=0.15)  # asymptotic only
@@ -170,7 +171,7 @@ def test_same_trajectory_as_diffusers(sampler, eta, clip, steps, prediction):
             arguments |= {"eta": eta, "use_clipped_model_output": True}
         x = scheduler.step(network(x, timestep[None].expand(2)), timestep, x, **arguments).prev_sample
         # float32 on both sides, in another order of operations; single-step jumps reach values of order 100
-        torch.testing.assert_close(step["sample"], x, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(step.x, x, rtol=2e-4, atol=2e-4)
 
 
 def test_learned_variance_lies_between_its_bounds():

@@ -12,7 +12,7 @@ from golden_helpers import CASES, GOLDEN, golden_case, load_formula_weights, nor
 from guided_diffusion.fp16_util import MixedPrecisionTrainer, global_norm
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.layouts.encode import encode_label_map, instance_edges
-from guided_diffusion.layouts.spade import GuidedLayout
+from guided_diffusion.layouts.spade import LayoutPair
 from guided_diffusion.nn import update_ema
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.script_util import create_model_and_diffusion
@@ -39,11 +39,11 @@ def test_encoded_layouts_give_the_same_numbers(case):
     model, diffusion, golden, y = golden_case(case)
     x = normal(f"{case}/x", (2, 3, CASES[case]["height"], CASES[case]["width"]))
     with torch.inference_mode():
-        layout = GuidedLayout(model.encode_layout(y), model.encode_layout(torch.zeros_like(y[:1])))
-        both = model(x, T, y=layout)
-        np.testing.assert_allclose(both[:2], golden["output"], **CLOSE)
-        np.testing.assert_allclose(both[2:], golden["output_unconditional"], **CLOSE)
-        p = diffusion.p_mean_variance(model, x, T, model_kwargs={"y": layout, "s": 1.5})
+        layout, null = (model.encode_layout(part, keep=True) for part in (y, torch.zeros_like(y[:1])))
+        output, other = model.denoise(x, T, layout, null)
+        np.testing.assert_allclose(output, golden["output"], **CLOSE)
+        np.testing.assert_allclose(other, golden["output_unconditional"], **CLOSE)
+        p = diffusion.p_mean_variance(model, x, T, model_kwargs={"y": LayoutPair(layout, null), "s": 1.5})
     np.testing.assert_allclose(p["mean"], golden["guided_mean"], **CLOSE)
 
 

@@ -12,9 +12,9 @@ from golden_helpers import golden_case
 from PIL import Image
 from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 
-from guided_diffusion.pipeline import Sampling, SDMPipeline, image_seed
+from guided_diffusion.pipeline import SDMPipeline, image_seed
 from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.settings import ConfigError, ModelConfig
+from guided_diffusion.settings import ConfigError, ModelConfig, Sampling
 from guided_diffusion.weights import store
 
 
@@ -84,7 +84,7 @@ def test_keeping_modulations_changes_nothing(checkpoint, sampling):
 
 def test_predicted_memory_is_what_is_kept():
     model, _, _, y = golden_case("base")
-    layout = model.encode_layout(y)
+    layout = model.encode_layout(y, keep=True)
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for m in layout._modulations.values() for t in m
     }
@@ -108,7 +108,7 @@ def test_modulations_are_computed_once(checkpoint, monkeypatch):
 
 def test_what_is_encoded_holds_no_map():
     model, _, _, y = golden_case("base")
-    assert model.encode_layout(y).y.untyped_storage().nbytes() == 0
+    assert model.encode_layout(y, keep=True).y.untyped_storage().nbytes() == 0
 
 
 def test_numbers_that_are_not_finite_make_no_picture(checkpoint):

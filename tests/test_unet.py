@@ -6,7 +6,7 @@ from golden_helpers import golden_case, normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion.layouts.encode import drop_layouts, encode_label_map
-from guided_diffusion.layouts.spade import GuidedLayout, Layout
+from guided_diffusion.layouts.spade import Layout, LayoutPair
 from guided_diffusion.nn import GroupNorm
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings import ConfigError
@@ -53,8 +53,8 @@ def test_features_stay_channels_last():
             )
     with torch.inference_mode():
         model(normal("x", (2, 3, *y.shape[2:])), T, y=y)
-        layout = GuidedLayout(model.encode_layout(y), model.encode_layout(torch.zeros_like(y[:1])))
-        model(normal("x", (2, 3, *y.shape[2:])), T, y=layout)
+        layout, null = (model.encode_layout(part, keep=True) for part in (y, torch.zeros_like(y[:1])))
+        model.denoise(normal("x", (2, 3, *y.shape[2:])), T, layout, null)
     assert len(seen) > 20 and all(seen)
 
 
@@ -73,10 +73,10 @@ def test_guidance_refuses_layouts_that_it_would_misread():
     model, diffusion, _, y = golden_case("wide_rect")
     x = normal("x", (2, 3, *y.shape[2:]))
     with torch.no_grad():
-        encoded = model.encode_layout(y)
-        with pytest.raises(ValueError, match="without the null layout"):
+        encoded = model.encode_layout(y, keep=True)
+        with pytest.raises(ValueError, match="guidance needs the null layout"):
             diffusion.p_mean_variance(model, x, T, model_kwargs={"y": encoded, "s": 1.5})
-        pair = GuidedLayout(encoded, model.encode_layout(torch.zeros_like(y[:1])))
+        pair = LayoutPair(encoded, model.encode_layout(torch.zeros_like(y[:1]), keep=True))
         for s in (1.0, 1.5):
             p = diffusion.p_mean_variance(model, x, T, model_kwargs={"y": pair, "s": s})
             q = diffusion.p_mean_variance(model, x, T, model_kwargs={"y": y, "s": s})

@@ -7,7 +7,7 @@ map once per resolution and, when told to, keeps each norm's scale and shift for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -20,27 +20,23 @@ SPADE_HIDDEN_CHANNELS = 128
 
 
 class Modulation(Protocol):
-    """What the network asks of a layout: `passes` 2 stands for a conditional and a null pass in one batch."""
+    """An encoded layout: all that the network asks of one."""
 
-    passes: int
-
-    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout."""
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout; written into `out`
+        where that is given (in inference only)."""
 
 
 class Layout:
     """What SPADE reads of a layout: the map at each resolution, and each norm's scale and shift.
 
-    `y` is [N, L, H, W]: the one-hot classes, followed by the instance edges where the network has that channel. With
-    `keep` every (scale, shift) that is asked for is computed once and kept; without it (training) nothing is, so that
-    memory stays flat. A `y` of batch 1 serves any batch.
+    `y` is [N, L, H, W]: the one-hot classes, followed by the instance edges where the network has that channel. What
+    `keep` has computed is read from then on; without it (training) nothing is kept, so that memory stays flat. A `y`
+    of batch 1 serves any batch.
     """
 
-    passes = 1
-
-    def __init__(self, y: torch.Tensor, keep: bool = False):
+    def __init__(self, y: torch.Tensor):
         self.y = y
-        self.keep = keep
         self._resized: dict[tuple[int, ...], torch.Tensor] = {}
         self._modulations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -57,47 +53,49 @@ class Layout:
         """(1 + scale, shift) of `norm` at `size`, each [N, C, h, w]."""
         if norm.index in self._modulations:
             return self._modulations[norm.index]
-        modulation = norm.modulation(norm.mlp_shared(self.resized(size)))
-        if self.keep:
-            self._modulations[norm.index] = modulation
-        return modulation
+        return norm.modulation(norm.mlp_shared(self.resized(size)))
+
+    def keep(self, norms: Iterable[SPADEGroupNorm], buffers: Layout | None = None) -> Layout:
+        """Computes the scale and shift of all `norms`, to be read from now on, and frees the maps. Returns itself.
+
+        What is kept is dense and channels-last, as the feature maps are. `buffers`: a layout of the same shape that is
+        no longer needed; its memory is used again, at the same addresses.
+        """
+        height, width = self.y.shape[2:]
+        for norm in norms:
+            modulation = self.modulation(norm, (height // norm.downsampling, width // norm.downsampling))
+            if buffers is None:
+                kept = tuple(part.contiguous(memory_format=torch.channels_last) for part in modulation)
+            else:
+                kept = buffers._modulations[norm.index]
+                for old, new in zip(kept, modulation, strict=True):
+                    old.copy_(new)
+            self._modulations[norm.index] = kept
+        self._resized.clear()
+        self.y = self.y.new_empty((*self.y.shape[:-1], 0))  # a slice would keep all of it
+        return self
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout (into `out`)."""
         scale, shift = self.modulation(norm, x.shape[2:])
         return torch.addcmul(shift, x, scale, out=out)
 
-    @property
-    def conditional(self) -> Layout:
-        """This layout without the null pass: itself."""
-        return self
 
-    def forget_map(self) -> None:
-        """Frees the one-hot maps once every modulation is kept."""
-        self._resized.clear()
-        self.y = self.y.new_empty((*self.y.shape[:-1], 0))  # a slice would keep all of it
+class LayoutPair:
+    """Two layouts, `first` [N] and `second` [N or 1], for a batch of 2N: both predictions of guidance in one pass."""
 
+    def __init__(self, first: Modulation, second: Modulation):
+        self.first, self.second = first, second
 
-class GuidedLayout:
-    """A layout and the null layout side by side: one pass of the network yields both halves of guidance.
-
-    The middle block and decoder see a batch of 2N, conditional first; the null layout has batch 1 and is shared.
-    """
-
-    passes = 2
-
-    def __init__(self, conditional: Layout, null: Layout):
-        self.conditional = conditional
-        self.null = null
-
-    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
-        conditional, null = x.chunk(2)
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [2N, C, h, w], already normalized; each half is scaled and shifted by its own layout."""
+        first, second = x.chunk(2)
         # The compiler of some PyTorch versions gives up at an `out` that is channels-last.
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.cat([self.conditional.modulate(norm, conditional), self.null.modulate(norm, null)])
-        out = torch.empty_like(x)
-        self.conditional.modulate(norm, conditional, out=out[: len(conditional)])
-        self.null.modulate(norm, null, out=out[len(conditional) :])
+            return torch.cat([self.first.modulate(norm, first), self.second.modulate(norm, second)])
+        out = torch.empty_like(x) if out is None else out
+        self.first.modulate(norm, first, out=out[: len(first)])
+        self.second.modulate(norm, second, out=out[len(first) :])
         return out
 
 

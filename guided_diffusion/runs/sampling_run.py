@@ -22,30 +22,15 @@ from ..data.specs import DatasetSpec
 from ..dist_util import World
 from ..image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
 from ..logger import progress_bar
-from ..pipeline import Sampling, SDMPipeline, image_seed
-from ..settings import ConfigError, SampleConfig, binding_settings
+from ..pipeline import Keeping, SDMPipeline, image_seed
+from ..sampling.loop import Moment
+from ..settings import ConfigError, SampleConfig, Sampling, binding_settings
 from ..weights import store
 from .pictures import colorize, contact_sheet, save_png
 from .stop_signals import StopSignals
 
 OVERVIEW_ROWS = 8
 OVERVIEW_SAMPLES = 4
-
-
-def sampling_of(config: SampleConfig, timestep_respacing: str) -> Sampling:
-    """The flags as the pipeline takes them. :raises ConfigError: a value that no sampler takes."""
-    if config.use_ddim and config.sampler not in ("", "ddim"):
-        raise ConfigError(f"--use_ddim True contradicts --sampler {config.sampler}")
-    return Sampling(
-        s=config.s,
-        sampler=config.sampler or ("ddim" if config.use_ddim else "ddpm"),
-        num_steps=config.num_steps,
-        timestep_respacing=timestep_respacing,
-        eta=config.eta,
-        guidance_interval=config.guidance_interval,
-        clip_denoised=config.clip_denoised,
-        dynamic_threshold=config.dynamic_threshold,
-    )
 
 
 class _Stopped(Exception):
@@ -94,12 +79,9 @@ class SampleRun:
             f"{count} images to make of {self.layouts} layouts"
             + (f" ({self.layouts * len(self.sample_folders) - count} are there)" if count else ": all are there")
         )
-        batches = self._batches(todo)[self.world.rank :: self.world.size]
         self.pipeline.sharing_memory = self.world.sharing_memory()
-        if batches:
-            self.log(
-                self.pipeline.keeps(max(len({layout for layout, _ in b}) for b in batches), *self.dataset.shape)[1]
-            )
+        self.keeping = self._decide_keeping(count)
+        batches = self._batches(todo)[self.world.rank :: self.world.size]
         steps = self.pipeline.diffusion(self.sampling.timestep_respacing, self.sampling.num_steps).num_timesteps
         since = time.perf_counter()
         total = len(batches) * steps
@@ -107,7 +89,7 @@ class SampleRun:
         done = 0
         with bar, StopSignals() as signals, contextlib.suppress(_Stopped):
 
-            def on_step() -> None:
+            def on_step(_: Moment) -> None:
                 bar.update()
                 if signals.number:
                     raise _Stopped
@@ -236,13 +218,25 @@ class SampleRun:
         size = self.config.batch_size
         if not self.several:
             pairs = [(layout, index) for layout, indices in todo.items() for index in indices]
-            size = max(1, min(size, -(-len(pairs) // self.world.size)))  # no rank is left without work
+            size = min(self.keeping.layouts, self._largest_share(len(pairs)))
             return [pairs[first : first + size] for first in range(0, len(pairs), size)]
         return [
             [(layout, index) for index in indices[first : first + size]]
             for layout, indices in todo.items()
             for first in range(0, len(indices), size)
         ]
+
+    def _largest_share(self, count: int) -> int:
+        """Images of the largest batch, where no rank is to be left without work."""
+        return max(1, min(self.config.batch_size, -(-count // self.world.size)))
+
+    def _decide_keeping(self, count: int) -> Keeping:
+        """Whether modulations are kept, and how many layouts a batch may have, the same on every rank. A collective."""
+        layouts = 1 if self.several else self._largest_share(count)
+        keeping = self.world.broadcast(self.pipeline.keeping(layouts, *self.dataset.shape))
+        if count:
+            self.log(keeping.reason)
+        return keeping
 
     # -- making -------------------------------------------------------------------------------------------------------
 
@@ -256,7 +250,7 @@ class SampleRun:
         for batch in sampling_batches(self.dataset, layouts, 1):
             self._save_inputs(batch)
 
-    def _make(self, pairs: list[tuple[int, int]], batch: dict[str, Any], on_step: Callable[[], Any]) -> None:
+    def _make(self, pairs: list[tuple[int, int]], batch: dict[str, Any], on_step: Callable[[Moment], Any]) -> None:
         self._save_inputs(batch)
         try:
             pictures = self.pipeline.generate(
@@ -264,6 +258,7 @@ class SampleRun:
                 batch.get("instance"),
                 seeds=[image_seed(self.config.seed, self.dataset.names[layout], index) for layout, index in pairs],
                 sampling=self.sampling,
+                keeping=self.keeping,
                 on_step=on_step,
             )
         except FloatingPointError as error:
@@ -343,7 +338,6 @@ def sampling_record(
     sampling: Sampling,
     pipeline: SDMPipeline,
     data: dict[str, Any],
-    precision: str,
     spec: DatasetSpec,
 ) -> dict[str, Any]:
     """What sampling.json holds: under `images` all that decides an image, under `run` the rest."""
@@ -353,7 +347,7 @@ def sampling_record(
         "images": {
             "model_sha256": store.file_hash(config.model_path),
             "seed": config.seed,
-            "precision": precision,
+            "precision": pipeline.precision,
             **dataclasses.asdict(sampling),
             "dataset_mode": data["dataset_mode"],
             **layouts,

@@ -17,7 +17,7 @@ from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
 from ..layouts.encode import to_network, to_uint8
-from ..sampling.solvers import sample_loop
+from ..sampling.loop import sample_loop
 from ..seeding import normals, stable_seed
 from .pictures import colorize, contact_sheet
 
@@ -149,8 +149,8 @@ def preview_page(
     _, y = to_network(batch, device, dataset.num_classes, model.dtype)
     noise = normals([stable_seed("preview", i) for i in indices], (3, *y.shape[2:])).to(device)
     with evaluating(model, weights) as network:
-        for step in sample_loop(diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": s}):
-            sample = step["sample"]
+        for moment in sample_loop(diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": s}):
+            sample = moment.x
     rows = []
     for i, picture in enumerate(to_uint8(sample, dataset.spec.grey)):
         photograph = batch["image"][i].permute(1, 2, 0).numpy() if "image" in batch else None

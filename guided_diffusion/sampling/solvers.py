@@ -1,27 +1,53 @@
-"""Solvers that turn noise into images, and the one loop that drives them.
+"""Solvers that turn noise into images.
 
-A solver is told the network's prediction at one noise level and returns x at the next lower one; the last level is the
-clean image. Levels are cumulative products alpha_bar, float64 numbers from the diffusion's tables; every image of a
-batch is at the same level.
+A solver is told the network's prediction at one noise level and returns x at a lower one; the lowest level, -1, is the
+clean image. What a level means is its cumulative product alpha_bar, a float64 number of the diffusion's table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from tqdm import tqdm
 
 DrawNoise = Callable[[], torch.Tensor]
 
 
-class Solver(Protocol):
-    """One run's state. `step` is called with indices num_timesteps - 1 ... 0."""
+class Denoised(NamedTuple):
+    """p(x_{t-1} | x_t) as the network sees it: each [N, C, H, W], or broadcast to it. `pred_xstart` is the predicted
+    image."""
 
-    def step(self, x: torch.Tensor, p: dict[str, torch.Tensor], index: int, draw_noise: DrawNoise) -> torch.Tensor:
-        """x at level `index` and p(x_prev | x) there -> x at level `index - 1` (the image, where index is 0)."""
+    mean: torch.Tensor
+    variance: torch.Tensor
+    log_variance: torch.Tensor
+    pred_xstart: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Move:
+    """From one level of a diffusion to another: indices into its steps, -1 being the clean image."""
+
+    start: int
+    end: int
+
+
+def alpha_bar(diffusion: Any, level: int) -> float:
+    """The cumulative product at a level; 1 at the clean image."""
+    return diffusion.alphas_cumprod[level] if level >= 0 else 1.0
+
+
+class Solver(Protocol):
+    """One run's state."""
+
+    def reset(self) -> None:
+        """Forgets the steps before: x goes on from somewhere else."""
+        ...
+
+    def step(self, x: torch.Tensor, p: Denoised, move: Move, draw_noise: DrawNoise) -> torch.Tensor:
+        """x at level `move.start` and p(x_prev | x) there -> x at level `move.end`, which is lower."""
         ...
 
 
@@ -31,27 +57,32 @@ class DDPM:
     def __init__(self, diffusion: Any, eta: float):
         del diffusion, eta  # mean and variance come from the network
 
-    def step(self, x, p, index, draw_noise):
-        if index == 0:
-            return p["mean"]
-        return torch.addcmul(p["mean"], torch.exp(0.5 * p["log_variance"]), draw_noise())
+    def reset(self) -> None:
+        pass
+
+    def step(self, x, p, move, draw_noise):
+        if move.end != move.start - 1:
+            raise ValueError(f"ddpm moves one level at a time; got {move.start} to {move.end}")
+        if move.end < 0:
+            return p.mean
+        return torch.addcmul(p.mean, torch.exp(0.5 * p.log_variance), draw_noise())
 
 
 class DDIM:
     """Song et al., arXiv 2010.02502, equation 12; eta 0 is deterministic, eta 1 as random as ancestral sampling."""
 
     def __init__(self, diffusion: Any, eta: float):
-        self.alpha_bar = diffusion.alphas_cumprod
-        self.alpha_bar_prev = diffusion.alphas_cumprod_prev
-        self.eta = eta
+        self.diffusion, self.eta = diffusion, eta
 
-    def step(self, x, p, index, draw_noise):
-        alpha_bar, previous = self.alpha_bar[index], self.alpha_bar_prev[index]
-        x_start = p["pred_xstart"]
-        noise = (x - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
+    def reset(self) -> None:
+        pass
+
+    def step(self, x, p, move, draw_noise):
+        here, target = alpha_bar(self.diffusion, move.start), alpha_bar(self.diffusion, move.end)
+        noise = (x - math.sqrt(here) * p.pred_xstart) / math.sqrt(1 - here)
         # equation 16
-        sigma = self.eta * math.sqrt((1 - previous) / (1 - alpha_bar) * (1 - alpha_bar / previous))
-        x = math.sqrt(previous) * x_start + math.sqrt(max(1 - previous - sigma**2, 0.0)) * noise
+        sigma = self.eta * math.sqrt((1 - target) / (1 - here) * (1 - here / target))
+        x = math.sqrt(target) * p.pred_xstart + math.sqrt(max(1 - target - sigma**2, 0.0)) * noise
         return x + sigma * draw_noise() if sigma > 0 else x
 
 
@@ -64,20 +95,22 @@ class DPMSolverPP:
 
     def __init__(self, diffusion: Any, eta: float):
         del eta  # deterministic
-        self.alpha_bar = diffusion.alphas_cumprod
-        self.alpha_bar_prev = diffusion.alphas_cumprod_prev
+        self.diffusion = diffusion
+        self.reset()
+
+    def reset(self) -> None:
         self.last: tuple[float, torch.Tensor] | None = None  # half log-SNR and predicted image of the step before
 
     @staticmethod
-    def _half_log_snr(alpha_bar: float) -> float:
-        return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+    def _half_log_snr(level: float) -> float:
+        return 0.5 * math.log(level / (1 - level))
 
-    def step(self, x, p, index, draw_noise):
-        x_start = p["pred_xstart"]
-        if index == 0:
+    def step(self, x, p, move, draw_noise):
+        x_start = p.pred_xstart
+        if move.end < 0:
             return x_start
-        alpha_bar, target = self.alpha_bar[index], self.alpha_bar_prev[index]
-        here = self._half_log_snr(alpha_bar)
+        level, target = alpha_bar(self.diffusion, move.start), alpha_bar(self.diffusion, move.end)
+        here = self._half_log_snr(level)
         h = self._half_log_snr(target) - here
         direction = x_start
         if self.last is not None:
@@ -85,7 +118,7 @@ class DPMSolverPP:
             r = (here - last) / h
             direction = torch.lerp(last_x_start, x_start, 1 + 1 / (2 * r))
         self.last = (here, x_start)
-        sigma_ratio = math.sqrt((1 - target) / (1 - alpha_bar))
+        sigma_ratio = math.sqrt((1 - target) / (1 - level))
         return sigma_ratio * x - math.sqrt(target) * math.expm1(-h) * direction
 
 
@@ -106,57 +139,3 @@ def dynamic_thresholding(percentile: float) -> Callable[[torch.Tensor], torch.Te
         return torch.maximum(torch.minimum(x_start, limit), -limit) / limit
 
     return threshold
-
-
-def sample_loop(
-    diffusion: Any,
-    model: Callable[..., torch.Tensor],
-    noise: torch.Tensor,
-    *,
-    sampler: str = "ddpm",
-    eta: float = 0.0,
-    model_kwargs: dict[str, Any] | None = None,
-    clip_denoised: bool = True,
-    denoised_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    draw_noise: DrawNoise | None = None,
-    progress: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Takes noise [N, C, H, W] through every step of `diffusion`; yields `sample` and `pred_xstart` after each.
-
-    :param model_kwargs: `y`, the layout, and `s`, the guidance scale (above 1: guided).
-    :param guidance_interval: the part of the trajectory that is guided, 0 being pure noise and 1 the image; outside,
-        the null pass is skipped (Kynkäänniemi et al., arXiv 2404.07724).
-    :param draw_noise: source of the solver's own noise; torch's global one if not given.
-    :raises ValueError: an unknown sampler, or an interval that is not 0 <= low < high <= 1.
-    """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
-    low, high = guidance_interval
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance_interval must be LOW,HIGH with 0 <= LOW < HIGH <= 1; got {low},{high}")
-    return _sample_steps(
-        diffusion,
-        model,
-        noise,
-        SAMPLERS[sampler](diffusion, eta),
-        dict(model_kwargs or {}),
-        dict(clip_denoised=clip_denoised, denoised_fn=denoised_fn),
-        (low, high),
-        draw_noise or (lambda: torch.randn_like(noise)),
-        progress,
-    )
-
-
-@torch.no_grad()
-def _sample_steps(diffusion, model, x, solver, model_kwargs, p_kwargs, interval, draw_noise, progress):
-    steps = diffusion.num_timesteps
-    for done in tqdm(range(steps), disable=not progress, desc="denoising", leave=False):
-        index = steps - 1 - done
-        t = torch.full((x.shape[0],), index, device=x.device)
-        kwargs = model_kwargs
-        if "s" in kwargs and not interval[0] <= done / steps < interval[1]:
-            kwargs = {**kwargs, "s": 1.0}
-        p = diffusion.p_mean_variance(model, x, t, model_kwargs=kwargs, **p_kwargs)
-        x = solver.step(x, p, index, draw_noise)
-        yield {"sample": x, "pred_xstart": p["pred_xstart"]}
