@@ -34,7 +34,7 @@ def main() -> int:
         config = build_config(SampleConfig, flags)
         config.check()
         recorded = store.read_config(config.model_path)
-        data = build_config(DataConfig, flags, recorded and recorded["data"])
+        data = build_config(DataConfig, flags, recorded and recorded.get("data", {}))
         settings = {
             name: value
             for name, value in flags.items()

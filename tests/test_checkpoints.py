@@ -275,11 +275,34 @@ def test_an_optimizer_file_is_not_taken_for_weights(tmp_path):
         store.load_weights(str(tmp_path / "opt000005.pt"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": 1, "diffusion": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": 1, "diffusion": {}}',
+        '{"model": null, "diffusion": {}}',
+        '{"model": {}, "diffusion": {}, "data": []}',
+        '{"model": {}, "diffusion": {}, "training": "long"}',
+        '{"model": {}, "diffusion": {}, "dataset_json": ["a"]}',
+        '{"model": {}, "diffusion": {}, "start": 5}',
+        '{"model": {"num_classes": "many"}, "diffusion": {}}',
+        '{"model": {}, "diffusion": {}, "data": {"num_workers": null}}',
+        '{"model": {}, "diffusion": {}, "diffusion": {}}',
+    ],
+)
 def test_a_config_that_is_none_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json is not the config of a training run"):
         store.read_config(str(tmp_path / "model.pt"))
+
+
+def test_parts_of_a_config_that_are_not_there(tmp_path):
+    parts = {"model": {"num_classes": 4.0, "of a later version": 1}, "diffusion": {}, "training": None, "data": None}
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    config = store.read_config(str(tmp_path / "model.pt"))
+    assert config == {"model": {"num_classes": 4, "of a later version": 1}, "diffusion": {}}
 
 
 def start(logdir, resume="", **options):
@@ -354,7 +377,7 @@ def test_a_colon_in_a_name_is_no_url(tmp_path, monkeypatch):
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    code = "import sys; from guided_diffusion import checkpoints; store.lock(sys.argv[1])"
+    code = "import sys; from guided_diffusion.weights import store; store.lock(sys.argv[1])"
     held = store.lock(str(tmp_path))
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 1 and f"in use by another run (process {os.getpid()} on" in result.stderr
