@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .data.class_lists import recorded_classes
 from .data.transforms import open_map
 from .fp16_util import PRECISIONS
 from .hosts.memory import available_memory
@@ -94,9 +95,12 @@ class SDMPipeline:
         keep_modulations: str = "auto",
         compile: bool = False,
         grey: bool = False,
+        classes: tuple[tuple[str, ...], np.ndarray] | None = None,
     ):
-        """grey: the network was trained on grey pictures, and its images are to be grey as well."""
+        """grey: the network was trained on grey pictures, and its images are to be grey as well. classes: the names of
+        its classes, and their colours uint8 [num_classes, 3]: `class_names` and `palette`, None where unknown."""
         self.grey = grey
+        self.class_names, self.palette = classes or (None, None)
         self.keep_modulations = auto_choice("keep_modulations", keep_modulations)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).convert_to(PRECISIONS[precision])
@@ -122,6 +126,7 @@ class SDMPipeline:
 
         :param settings: of the network and the diffusion; they may repeat but not contradict the config.
         :raises ConfigError: a contradiction, an unknown setting. :raises CheckpointError: a damaged or other file.
+        :raises DataError: recorded classes that do not fit the network.
         """
         path = os.fspath(path)  # text from here on: a checkpoint may be a URL, too
         recorded = store.read_config(path)
@@ -132,6 +137,7 @@ class SDMPipeline:
         model_config = build_config(ModelConfig, settings, recorded and recorded["model"], source)
         diffusion_config = build_config(DiffusionConfig, settings, recorded and recorded["diffusion"], source)
         precision = resolve_precision(precision, "use_fp16" in settings and model_config.use_fp16)
+        classes = recorded_classes(recorded, model_config.num_classes, source)
         weights = store.load_weights(path)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
@@ -145,6 +151,7 @@ class SDMPipeline:
             keep_modulations=keep_modulations,
             compile=compile,
             grey=bool(recorded and (recorded.get("dataset_json") or {}).get("grey")),
+            classes=classes,
         )
 
     # -- images -------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_a_record_of_a_results_folder_that_is_damaged_is_named(root, tmp_path, m
     refused(monkeypatch, root, tmp_path, r"sampling\.json is damaged .*; --overwrite True makes the images again")
 
 
-@pytest.mark.parametrize("part", ['"training": []', '"data": []', '"data": {"num_workers": "two"}'])
+@pytest.mark.parametrize("part", ['"training": []', '"data": []', '"data": {"num_workers": "two"}', '"classes": 5'])
 def test_a_config_with_a_malformed_part_is_named(root, tmp_path, monkeypatch, part):
     shutil.copytree(root / "run", tmp_path / "run")
     text = (tmp_path / "run" / "config.json").read_text()
