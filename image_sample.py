@@ -33,7 +33,7 @@ def main() -> int:
         config = build_config(SampleConfig, flags)
         config.check()
         recorded = store.read_config(config.model_path)
-        data = build_config(DataConfig, flags, recorded and recorded.get("data"))
+        data = build_config(DataConfig, flags, recorded and recorded.get("data"), f"{store.CONFIG_NAME} beside it")
         sampling = config.sampling()
 
         log = print if world.is_main else lambda message: None

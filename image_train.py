@@ -10,6 +10,7 @@ import sys
 import torch
 
 from guided_diffusion import dist_util
+from guided_diffusion.data.class_lists import CLASSES_KEY, class_record
 from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
 from guided_diffusion.runs.splits import open_splits
@@ -53,6 +54,7 @@ def main() -> int:
         if data.dataset_mode == "custom":  # what ids mean: sampling from label maps alone needs it
             record["dataset_json"] = read_dataset_json(data.data_dir)
         logger.log(f"settings: {record}")
+        record[CLASSES_KEY] = class_record(dataset.spec)
         finished = TrainLoop(
             model=model,
             diffusion_config=diffusion_config,

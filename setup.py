@@ -18,6 +18,18 @@ setup(
     description="SDM: Semantic Image Synthesis via Diffusion Models (arXiv 2207.00050) in PyTorch",
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
     package_data={"guided_diffusion": ["py.typed", "data/palettes/*.csv"]},
@@ -39,6 +51,6 @@ setup(
         "segmenters": ["transformers"],
         "coco": ["pycocotools"],
         "cityscapes": ["cityscapesscripts"],
-        "test": ["pytest", "ruff", "matplotlib", "tensorboard", *TEST_PEERS],
+        "test": ["pytest", "ruff", "matplotlib", "tensorboard", "setuptools>=70.1", *TEST_PEERS],  # setuptools: a wheel
     },
 )

@@ -17,9 +17,10 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from guided_diffusion.dataset_specs import get_spec
-from guided_diffusion.pictures import colorize, contact_sheet, save_png
 from PIL import Image
+
+from guided_diffusion.data.specs import get_spec
+from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
 
 SAMPLES = 6
 

@@ -4,10 +4,21 @@
 # usage: [PARTS="tests sampling training"] bash benchmarks/gpu.sh [OUT]
 #   OUT     folder of figures and plots (default benchmarks/results)
 #   PARTS   what to run, where time is limited: tests sampling training compiled camvid (default: all)
-set -uo pipefail
-cd "$(dirname "$0")/.."
+camvid=${CAMVID:+$(realpath "$CAMVID" 2> /dev/null)}
+source "$(dirname "$0")/../scripts/common.sh"
 out=${1:-benchmarks/results}
 parts=${PARTS:-tests sampling training compiled camvid}
+for part in $parts; do # all that can be wrong is found before the first of them runs
+  case $part in
+    tests | sampling | training | compiled) ;;
+    camvid)
+      [ -z "${CAMVID+set}" ] || [ -d "$camvid" ] || refuse "CAMVID is ${CAMVID:-empty}, no folder; name that of CamVid, or leave CAMVID unset"
+      check_number RANKS 1
+      check_number STEPS 24 24
+      check_number SEED 0 ;;
+    *) refuse "PARTS has $part; choose from tests sampling training compiled camvid" ;;
+  esac
+done
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=()
@@ -20,8 +31,7 @@ for part in $parts; do
     sampling) python benchmarks/sampling.py --device cuda --batch 8 --out "$out" ;;
     training) python benchmarks/training.py --device cuda --out "$out/training_cuda.json" ;;
     compiled) python benchmarks/sampling.py --device cuda --batch 8 --compile --out "$out/compiled" ;;
-    camvid) [ -z "${CAMVID:-}" ] || VENV=none SIZE=gpu bash scripts/camvid.sh ;;
-    *) echo "error: no part $part; choose from tests sampling training compiled camvid" >&2; exit 2 ;;
+    camvid) [ -z "${CAMVID:-}" ] || VENV=none SIZE=gpu CAMVID=$camvid bash scripts/camvid.sh ;;
   esac || failed+=("$part") # what comes after is worth having all the same
 done
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

@@ -43,10 +43,16 @@ def read_remap(name: str) -> dict[int, int] | None:
     if name in REMAPS:
         return REMAPS[name]
     try:
-        mapping = {int(label_id): int(index) for label_id, index in json.loads(Path(name).read_text("utf-8")).items()}
+        # An object as its pairs: a dict would keep the last of an id that stands twice.
+        pairs = json.loads(Path(name).read_text("utf-8"), object_pairs_hook=tuple)
+        if not isinstance(pairs, tuple):
+            raise TypeError("it is no object")
+        mapping = {int(label_id): int(index) for label_id, index in pairs}
+        if len(mapping) < len(pairs):
+            raise ValueError("an id stands twice")
     except OSError as error:
         raise EvaluationError(f"--remap {name}: not none, {', '.join(REMAPS)}, nor a readable file") from error
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise EvaluationError(f'--remap {name}: expected JSON such as {{"7": 0, "8": 1}} ({error})') from error
     outside = [(label_id, index) for label_id, index in mapping.items() if not 0 <= label_id < IDS or index < 0]
     if outside or not mapping:

@@ -168,7 +168,7 @@ def read_statistics(path: Path, dims: int, protocol: dict[str, str], report: Rep
     try:
         record = json.loads(str(arrays["protocol"]))
         missing = {"preprocessing", "weights"} - record.keys()
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{path}: its protocol is no JSON record ({error}); make the file again") from error
     if missing:
         raise EvaluationError(f"{path}: its protocol lacks {shown(sorted(missing))}; make the file again")

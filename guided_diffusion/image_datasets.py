@@ -156,7 +156,7 @@ def open_dataset(
     training: bool | None = None,
     dataset_json: dict | None = None,
 ) -> LayoutDataset:
-    """A split of a data set in one of the modes of `dataset_specs.DATASET_MODES`.
+    """A split of a data set in one of the modes of `data.specs.DATASET_MODES`.
 
     split: "train" has the training transform (joint random crop, or the central crop where `random_crop` is off;
     flip; a further enlargement of up to 1 + `scale_jitter`), "val" and "test" the whole picture resized. labels_dir:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .data.class_lists import recorded_classes
 from .data.transforms import open_map
 from .fp16_util import PRECISIONS
 from .hosts.memory import available_memory
@@ -66,9 +67,12 @@ class SDMPipeline:
         keep_modulations: str = "auto",
         compile: bool = False,
         grey: bool = False,
+        classes: tuple[tuple[str, ...], np.ndarray] | None = None,
     ):
-        """grey: the network was trained on grey pictures, and its images are to be grey as well."""
+        """grey: the network was trained on grey pictures, and its images are to be grey as well. classes: the names of
+        its classes, and their colours uint8 [num_classes, 3]: `class_names` and `palette`, None where unknown."""
         self.grey = grey
+        self.class_names, self.palette = classes or (None, None)
         self.precision = precision
         self.keep_modulations = auto_choice("keep_modulations", keep_modulations)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -99,13 +103,14 @@ class SDMPipeline:
 
         :param settings: of the network and the diffusion; they may repeat but not contradict the config.
         :raises ConfigError: a contradiction, an unknown setting. :raises CheckpointError: a damaged or other file.
+        :raises DataError: recorded classes that do not fit the network.
         """
         path = os.fspath(path)  # text from here on: a checkpoint may be a URL, too
         recorded = store.read_config(path)
         check_known(settings, ModelConfig, DiffusionConfig)
-        model_config, diffusion_config, precision = network_settings(
-            settings, recorded, f"{store.CONFIG_NAME} beside {path}", precision=precision
-        )
+        source = f"{store.CONFIG_NAME} beside {path}"
+        model_config, diffusion_config, precision = network_settings(settings, recorded, source, precision=precision)
+        classes = recorded_classes(recorded, model_config.num_classes, source)
         weights = store.load_weights(path)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
@@ -119,6 +124,7 @@ class SDMPipeline:
             keep_modulations=keep_modulations,
             compile=compile,
             grey=bool(recorded and (recorded.get("dataset_json") or {}).get("grey")),
+            classes=classes,
         )
 
     # -- images -------------------------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@
 # STEPS and RANKS change the length of training and the number of processes, PREDICT what the network predicts: v, the
 # velocity; xstart, the image; or eps, the noise, as published. SEED (0) is that of the generator's trainings; the
 # segmentation network that scores has always the same.
-camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; the README says where it comes from}")
+camvid=${CAMVID:+$(realpath "$CAMVID" 2> /dev/null)} # before common.sh leaves the folder that it may be relative to
 source "$(dirname "$0")/common.sh"
-use_environment mpi,plots
+[ -d "$camvid" ] || refuse "CAMVID is ${CAMVID:-empty}, no folder; name that of CamVid, as CAMVID=data/CamVid (see README.md)"
+check_number RANKS 1
+check_number STEPS 24 24 "its 4th, 6th and 8th part are used"
+check_number SEED 0
 size=${SIZE:-cpu} predict=${PREDICT:-v} seed=${SEED:-0}
 name=camvid-$size
 [ "$predict" = v ] || name=$name-$predict
@@ -25,11 +28,11 @@ case $size in
     ranks=${RANKS:-1} steps=${STEPS:-4800} precision=bf16 pixels=144
     network=(--num_channels 128 --channel_mult 1,1,2,3,4 --num_res_blocks 2 --attention_resolutions 36,18,9 --num_head_channels 64)
     batch=32 lr=2e-4 ema=0.999 sampling_batch=64 ;;
-  *) echo "error: SIZE is $size; choose cpu or gpu" >&2; exit 2 ;;
+  *) refuse "SIZE is $size; choose cpu or gpu" ;;
 esac
 choose_prediction "$predict"
-if ! [[ $seed =~ ^[0-9]+$ ]]; then echo "error: SEED is $seed; give a whole number, 0 or more" >&2; exit 2; fi
-if ((steps % 24)); then echo "error: STEPS is $steps; give a multiple of 24 (its 4th, 6th and 8th part are used)" >&2; exit 2; fi
+((ranks <= batch)) || refuse "RANKS is $ranks; the $batch images of a step leave some without work: give at most $batch"
+use_environment mpi,plots
 interval=$((steps / 8))                            # a save falls on a quarter of the steps, which is compared
 launcher=$([ "$ranks" = 1 ] || echo mpiexec -n "$ranks") # one process needs no MPI
 data=$out/data segmenter=$out/segmenter.pt results=$out/results

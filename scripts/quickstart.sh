@@ -3,13 +3,11 @@
 # Everything goes to QUICKSTART (default OUTPUT/quickstart). Started again, it goes on where it was.
 # RANKS (2) processes train for STEPS (400) steps, and fine-tune for a quarter as many. PREDICT is what the network predicts:
 # v, the velocity (default); xstart, the image; or eps, the noise, as published.
-steps=${STEPS:-400}
-if ! [[ $steps =~ ^[1-9][0-9]*$ ]] || ((steps < 4)); then # a quarter of it fine-tunes, where 0 would be without end
-  echo "error: STEPS is $steps; give a whole number, 4 at least (its 4th part is used)" >&2
-  exit 2
-fi
 source "$(dirname "$0")/common.sh"
+check_number STEPS 4 1 "its 4th part fine-tunes, where 0 would be without end"
+check_number RANKS 1
 choose_prediction "${PREDICT:-v}"
+steps=${STEPS:-400}
 use_environment mpi
 out=${QUICKSTART:-OUTPUT/quickstart}
 # one rank per GPU; without a GPU, two on the CPU

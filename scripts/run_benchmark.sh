@@ -2,8 +2,11 @@
 # usage: bash scripts/ade20k.sh [train|finetune|sample|evaluate|all]      default: all
 # Overridable from the environment: RANKS (8), DATA, OUTPUT, RESULTS, TRAIN_STEPS, FINETUNE_STEPS, NUM_SAMPLES,
 # PRECISION (fp16), EXTRA (flags added to every stage of training and sampling).
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+check_number RANKS 1
+check_number TRAIN_STEPS 0
+check_number FINETUNE_STEPS 0
+check_number NUM_SAMPLES 1
 
 RANKS=${RANKS:-8}
 DATA=${DATA:-./data/$name}

@@ -1,16 +1,13 @@
 """Train, fine-tune with label drop, sample with guidance, under `mpiexec -n 2`, in every mode, with no file renamed."""
 
 import dataclasses
-import os
-import pathlib
-import subprocess
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import SHARED, write_benchmark, write_custom
 from PIL import Image
-from sampling_helpers import REPOSITORY, run
+from sampling_helpers import run
 
 MODES = {  # (classes, instances, size of a sample at image_size 32)
     "ade20k": (151, False, (32, 32)),
@@ -81,78 +78,3 @@ def test_chain(data, tmp_path):
         assert Image.open(results / "images" / name).size == size
         label = np.asarray(Image.open(results / "labels" / name))
         assert label.shape == size[::-1] and label.max() < classes
-
-
-def shell(script: str, *arguments: str, commands: pathlib.Path, **environment: str):
-    """A script with `mpiexec` and `python` that only note their arguments; returns its end and the noted commands."""
-    commands.mkdir()
-    notes = commands / "notes"
-    for name in ("mpiexec", "python"):
-        (commands / name).write_text(f"#!/bin/sh\nprintf '%s\\n' {name} \"$@\" '--end--' >> '{notes}'\n")
-        (commands / name).chmod(0o755)
-    done = subprocess.run(
-        ["bash", str(REPOSITORY / "scripts" / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "VENV": "none", "RANKS": "2", **environment},
-    )
-    noted = notes.read_text().split("--end--\n")[:-1] if notes.exists() else []
-    return done, [command.splitlines() for command in noted]
-
-
-def flag(command: list[str], name: str) -> str:
-    return command[command.index(f"--{name}") + 1]
-
-
-@pytest.mark.parametrize("steps", ["0", "3", "-4", "1e3", "none"])
-def test_the_quickstart_refuses_steps_whose_quarter_would_be_endless(tmp_path, steps):
-    done, commands = shell("quickstart.sh", commands=tmp_path / "bin", STEPS=steps, QUICKSTART=str(tmp_path / "out"))
-    assert done.returncode == 2 and not commands
-    assert done.stderr.startswith(f"error: STEPS is {steps}; give a whole number, 4 at least")
-
-
-def test_the_quickstarts_folder_may_have_a_space(tmp_path):
-    out = tmp_path / "a folder"
-    done, commands = shell("quickstart.sh", commands=tmp_path / "bin", STEPS="4", QUICKSTART=str(out))
-    assert done.returncode == 0, done.stderr
-    launched = [command for command in commands if command[0] == "mpiexec"]
-    assert [flag(command, "data_dir") for command in launched] == [f"{out}/data"] * 3
-    assert [flag(command, "max_steps") for command in launched[:2]] == ["4", "1"]
-    assert flag(launched[2], "results_path") == f"{out}/results"
-    assert not [word for command in launched for word in command if word.startswith(("a ", "folder"))]
-
-
-@pytest.mark.parametrize(("predict", "words"), [("v", "predict_v True"), ("xstart", "predict_xstart True"), ("x", "")])
-def test_the_quickstart_predicts_what_it_is_told(tmp_path, predict, words):
-    done, commands = shell(
-        "quickstart.sh", commands=tmp_path / "bin", PREDICT=predict, QUICKSTART=str(tmp_path / "out")
-    )
-    launched = [" ".join(command) for command in commands if command[0] == "mpiexec"]
-    if words:
-        assert len(launched) == 3 and all(f"--{words}" in command for command in launched)
-        assert not any(f"--predict_{'xstart' if predict == 'v' else 'v'} True" in command for command in launched)
-    else:
-        assert done.returncode == 2 and not commands and "choose v, xstart or eps" in done.stderr
-
-
-@pytest.mark.parametrize("script", ["ade20k", "cityscapes", "celeba", "coco"])
-def test_the_folders_of_a_benchmark_may_have_a_space(tmp_path, script):
-    folders = dict(DATA="my data", OUTPUT="my output", RESULTS="my results")
-    done, commands = shell(
-        f"{script}.sh",
-        "all",
-        commands=tmp_path / "bin",
-        TRAIN_STEPS="2",
-        FINETUNE_STEPS="1",
-        EXTRA="--seed 5",
-        **folders,
-    )
-    assert done.returncode == 0, done.stderr
-    train, finetune, sample, evaluate = commands
-    for command in (train, finetune, sample):
-        assert flag(command, "data_dir") == "my data" and flag(command, "seed") == "5"
-        assert flag(command, "dataset_mode") == script and flag(command, "use_scale_shift_norm") == "True"
-    assert flag(train, "logdir") == "my output" and flag(finetune, "resume_checkpoint") == "my output/model.pt"
-    assert flag(sample, "results_path") == "my results"
-    assert evaluate[2:4] == ["my results/images", "my results/samples"]

@@ -275,11 +275,34 @@ def test_an_optimizer_file_is_not_taken_for_weights(tmp_path):
         store.load_weights(str(tmp_path / "opt000005.pt"))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": 1, "diffusion": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"model": 1, "diffusion": {}}',
+        '{"model": null, "diffusion": {}}',
+        '{"model": {}, "diffusion": {}, "data": []}',
+        '{"model": {}, "diffusion": {}, "training": "long"}',
+        '{"model": {}, "diffusion": {}, "dataset_json": ["a"]}',
+        '{"model": {}, "diffusion": {}, "start": 5}',
+        '{"model": {"num_classes": "many"}, "diffusion": {}}',
+        '{"model": {}, "diffusion": {}, "data": {"num_workers": null}}',
+        '{"model": {}, "diffusion": {}, "diffusion": {}}',
+    ],
+)
 def test_a_config_that_is_none_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json is not the config of a training run"):
         store.read_config(str(tmp_path / "model.pt"))
+
+
+def test_parts_of_a_config_that_are_not_there(tmp_path):
+    parts = {"model": {"num_classes": 4.0, "of a later version": 1}, "diffusion": {}, "training": None, "data": None}
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    config = store.read_config(str(tmp_path / "model.pt"))
+    assert config == {"model": {"num_classes": 4, "of a later version": 1}, "diffusion": {}}
 
 
 def start(logdir, resume="", **options):

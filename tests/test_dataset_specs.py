@@ -107,6 +107,13 @@ def test_dataset_json(tmp_path):
     [
         ("{", "not valid JSON"),
         ("[]", "one JSON object"),
+        ('{"grey": true, "grey": false}', "dataset.json is not valid JSON: the key 'grey' stands twice"),
+        ('{"classes": [{"name": "a", "name": "b"}]}', "the key 'name' stands twice"),
+        ({"classes": ["a", "b", {"name": "a"}]}, "the classes 0 and 2 are both named 'a'; rename one"),
+        (
+            {"classes": ["a", "unlabelled"], "ignore_id": 255},
+            """ignore_id adds a class 'unlabelled', and class 1 has that name; .* "remap": {"255": 1}""",
+        ),
         ({"classes": ["a"], "colour": 1}, "'colour' is unknown; known keys are classes"),
         ({"classes": "a"}, "must be a JSON array"),
         ({"classes": [3]}, "class 0 is 3"),
@@ -128,6 +135,14 @@ def test_dataset_json(tmp_path):
 def test_wrong_dataset_json(tmp_path, settings, message):
     with pytest.raises(DataError, match=message):
         custom(tmp_path, settings)
+
+
+def test_what_an_older_training_recorded_is_checked_but_for_its_names():
+    twice = get_spec("custom", None, None, {"classes": ["a", "b", "a"]})
+    assert twice.class_names == ("a", "b", "a")
+    for wrong, message in (([], "one JSON object"), ({"classes": 5}, "must be a JSON array"), ({"x": 1}, "unknown")):
+        with pytest.raises(DataError, match=f"dataset_json in config.json.*{message}"):
+            get_spec("custom", None, 3, wrong)
 
 
 def test_wrong_arguments():

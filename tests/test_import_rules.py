@@ -27,7 +27,7 @@ ALLOWED = {
     "respace": {"gaussian_diffusion"},
     "script_util": {"gaussian_diffusion", "respace", "settings", "unet"},
     "objectives": {"nn", "layouts", "losses", "gaussian_diffusion"},
-    "weights": {"settings"},
+    "weights": {"data", "settings"},
     "dist_util": {"hosts"},
     "pipeline": {
         "data", "fp16_util", "hosts", "layouts", "respace", "sampling", "script_util", "seeding", "settings", "unet",

@@ -49,20 +49,6 @@ def test_every_key_of_dataset_json_is_in_the_table(tmp_path):
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M)) == set(known)
 
 
-def test_the_flags_of_the_commands_exist():
-    text = "\n".join(text for language, text in BLOCKS if not language).replace("\\\n", " ")
-    commands = re.findall(r"python (\S+\.py) (.*)", text)
-    assert {name for name, _ in commands} >= {"image_train.py", "image_sample.py", "scripts/data/verify_data.py"}
-    configs = [part for part in vars(settings).values() if isinstance(part, type) and dataclasses.is_dataclass(part)]
-    known = {field.name for config in configs for field in dataclasses.fields(config)}
-    for program, line in commands:
-        if "/" in program:
-            known_here = set(re.findall(r'"--(\w+)"', (REPOSITORY / program).read_text()))
-        else:
-            known_here = known
-        assert set(re.findall(r"--(\w+)", line)) <= known_here, (program, line)
-
-
 def test_the_camvid_commands_fit_what_is_prepared(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "data")
     image = np.zeros((360, 480, 3), np.uint8)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from sampling_helpers import run, save_checkpoint
 from training_helpers import finish, launch, wait_for
 
+import image_sample
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.weights import store
 
@@ -32,6 +34,14 @@ def root(tmp_path_factory):
 def sample(root, results, *flags, ranks=0):
     model = ("--model_path", str(root / "run" / "ema_0.9_best.pt"), "--results_path", str(root / results))
     return run("image_sample.py", *model, *FAST, *flags, ranks=ranks)
+
+
+def refused(monkeypatch, root, results, message):
+    """The entry point in this process, which takes none of the seconds of its start, ends with `message` alone."""
+    model = ("--model_path", str(root / "run" / "ema_0.9_best.pt"), "--results_path", str(root / results))
+    monkeypatch.setattr(sys, "argv", ["image_sample.py", *model, *FAST])
+    with pytest.raises(SystemExit, match=message):
+        image_sample.main()
 
 
 def pictures(folder) -> dict[str, np.ndarray]:
@@ -80,6 +90,37 @@ def test_guidance_without_fine_tuning_is_remarked_on(root, tmp_path):
     for s, told in (("1.5", True), ("1", False)):
         result = sample(tmp_path, f"s{s}", "--num_samples", "1", "--s", s)
         assert result.returncode == 0 and ("guides by noise" in result.stdout) == told, result.stdout
+
+
+def test_a_folder_whose_config_says_nothing_of_data(root, two_ranks, tmp_path, monkeypatch):
+    """As one from a hub: the data is what the flags say, the pictures are the same."""
+    shutil.copytree(root / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config = {"model": config["model"], "diffusion": config["diffusion"], "training": None}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    data = ("--data_dir", str(root / "data"), "--dataset_mode", "custom", "--num_workers", "0")
+    result = sample(tmp_path, "results", *data, "--num_samples", "2")
+    assert result.returncode == 0, result.stdout
+    made, expected = pictures(tmp_path / "results" / "samples"), pictures(root / "two" / "samples")
+    assert len(made) == 2 and all(np.abs(made[name] - expected[name]).max() <= 1 for name in made)
+    refused(monkeypatch, tmp_path, "without", "no data folder given; use --data_dir")  # the defaults name no folder
+    assert not (tmp_path / "without").exists()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"images": {}, "run": {}, "run": {}}'])
+def test_a_record_of_a_results_folder_that_is_damaged_is_named(root, tmp_path, monkeypatch, content):
+    (tmp_path / "sampling.json").write_text(content)
+    refused(monkeypatch, root, tmp_path, r"sampling\.json is damaged .*; --overwrite True makes the images again")
+
+
+@pytest.mark.parametrize("part", ['"training": []', '"data": []', '"data": {"num_workers": "two"}', '"classes": 5'])
+def test_a_config_with_a_malformed_part_is_named(root, tmp_path, monkeypatch, part):
+    shutil.copytree(root / "run", tmp_path / "run")
+    text = (tmp_path / "run" / "config.json").read_text()
+    config = {key: value for key, value in json.loads(text).items() if f'"{key}"' not in part}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config)[:-1] + f", {part}}}")
+    refused(monkeypatch, tmp_path, "results", r"config\.json")
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_signal_ends_a_run_in_order(root):

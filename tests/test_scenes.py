@@ -185,6 +185,18 @@ def test_unusable_results_are_named(results, scenes, damage, message):
         score(results, scenes, centres=8, seed=0)
 
 
+def test_classes_may_be_plain_names_and_what_is_wrong_with_them_is_named(results, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    file = tmp_path / "scenes" / "dataset.json"
+    content = json.loads(file.read_text())
+    names = [f"plain {entry['name']}" for entry in content["classes"]]
+    file.write_text(json.dumps({**content, "classes": names}))
+    assert set(score(results, tmp_path / "scenes", centres=1, seed=0)["per_class"]) <= set(names)
+    file.write_text(json.dumps({**content, "classes": [*names, names[0]]}))
+    with pytest.raises(PreparationError, match=r"dataset\.json: the classes 0 and 9 are both named"):
+        score(results, tmp_path / "scenes", centres=1, seed=0)
+
+
 def test_missing_data_set_is_named(results, tmp_path):
     with pytest.raises(PreparationError, match="nowhere"):
         score(results, tmp_path / "nowhere", centres=8, seed=0)

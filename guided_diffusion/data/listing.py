@@ -5,7 +5,6 @@ through blobfile.
 """
 
 import io
-import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 import blobfile
 
+from .json_text import parse_json
 from .specs import SPLITS, DataError, DatasetSpec, MissingSplitError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -250,10 +250,28 @@ def read_cache_settings(data_dir: str | os.PathLike) -> dict | None:
     path = join(os.fspath(data_dir), CACHE_FILE)
     if not (blobfile.exists(path) if is_remote(path) else os.path.exists(path)):
         return None
-    settings = json.loads(read_bytes(path))
+    settings = read_cache_note(path)
     if not settings["complete"]:
         raise DataError(f"the cache {data_dir} is unfinished; run scripts/data/cache_dataset.py again to go on")
     return settings
+
+
+_CACHE_KEYS = {"dataset_mode": str, "image_size": int, "scale_jitter": (int, float), "complete": bool}
+
+
+def read_cache_note(path: str) -> dict:
+    """The content of a `cache.json`. Raises DataError where it is none."""
+    try:
+        note = parse_json(read_bytes(path))
+        wrong = [key for key, kind in _CACHE_KEYS.items() if not isinstance(note[key], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {note[wrong[0]]!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not the note of a cache ({type(error).__name__}: {error}); delete that folder and run "
+            "scripts/data/cache_dataset.py again"
+        ) from error
+    return note
 
 
 def _split_folder(spec: DatasetSpec, root: str, split: str) -> str:

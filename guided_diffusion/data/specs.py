@@ -5,14 +5,16 @@ here, so that the loader, the pictures and the checks hold no special case for a
 """
 
 import csv
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import blobfile
 import numpy as np
+
+from .json_text import parse_json
 
 DATASET_MODES = ("ade20k", "cityscapes", "celeba", "coco", "custom")
 SPLITS = ("train", "val", "test")
@@ -233,14 +235,19 @@ _JSON_KEYS = {
 
 
 def _read_json(path: str) -> dict:
-    """`dataset.json` with its keys and types checked; {} where there is none."""
+    """The checked content of `dataset.json`; {} where there is none."""
     if not blobfile.exists(path):
         return {}
     with blobfile.BlobFile(path, "rb") as file:
         try:
-            settings = json.loads(file.read().decode("utf-8"))
+            settings = parse_json(file.read())
         except ValueError as error:
             raise DataError(f"{path} is not valid JSON: {error}") from error
+    return _checked(path, settings)
+
+
+def _checked(path: str, settings: Any) -> dict:
+    """The content of `dataset.json` with its keys and types checked."""
     if not isinstance(settings, dict):
         raise DataError(f'{path} must hold one JSON object, such as {{"classes": ["sky", "road"]}}')
     for key, value in settings.items():
@@ -255,11 +262,15 @@ def _read_json(path: str) -> dict:
     return settings
 
 
+_UNLABELLED = "unlabelled"  # the class that ignore_id adds
 _JSON_NAMES = {list: "array", int: "whole number", dict: "object", bool: "true or false"}
 
 
-def _json_classes(path: str, entries: list) -> tuple[list[str], dict[int, tuple[int, int, int]]]:
-    """Names by id and colours by id from the `classes` array: plain names, or objects with name and color."""
+def json_classes(path: str, entries: list) -> tuple[list[str], dict[int, tuple[int, int, int]]]:
+    """Names by id and colours by id from a `classes` array: plain names, or objects with name and color.
+
+    Raises DataError, naming `path`, for an entry that is neither.
+    """
     names, colors = [], {}
     for i, entry in enumerate(entries):
         if isinstance(entry, str):
@@ -279,16 +290,38 @@ def _json_classes(path: str, entries: list) -> tuple[list[str], dict[int, tuple[
     return names, colors
 
 
+def _check_names(path: str, names: list[str], settings: dict) -> None:
+    """Raises DataError where two classes have one name: pictures, scores and messages would mix them up."""
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name in first:
+            raise DataError(
+                f"{path}: the classes {first[name]} and {i} are both named {name!r}; rename one, or merge them by remap"
+            )
+        first[name] = i
+    if "ignore_id" in settings and _UNLABELLED in first:
+        stored = settings["ignore_id"]
+        raise DataError(
+            f"{path}: ignore_id adds a class {_UNLABELLED!r}, and class {first[_UNLABELLED]} has that name; rename it, "
+            f'or give, in place of ignore_id, "remap": {{"{stored}": {first[_UNLABELLED]}}}'
+        )
+
+
 def read_dataset_json(data_dir: str | os.PathLike) -> dict:
     """What `dataset.json` of a custom data set says; {} where there is none. Raises DataError where it is wrong."""
     return _read_json(blobfile.join(os.fspath(data_dir), "dataset.json"))
 
 
-def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, settings: dict | None = None) -> DatasetSpec:
+def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorded: dict | None = None) -> DatasetSpec:
     path = blobfile.join(os.fspath(data_dir), "dataset.json") if data_dir is not None else "dataset.json"
-    if settings is None:
+    if recorded is None:
         settings = _read_json(path) if data_dir is not None else {}
-    names, colors = _json_classes(path, settings.get("classes", []))
+    else:
+        path = "dataset_json in config.json"
+        settings = _checked(path, recorded)
+    names, colors = json_classes(path, settings.get("classes", []))
+    if recorded is None:  # older trainings did take a name twice, and sampling from them goes on
+        _check_names(path, names, settings)
     remap, ignore_class = _json_remap(path, settings), None
     if "ignore_id" in settings:  # unlabelled pixels become a class of their own, after the named ones
         if not names:
@@ -302,7 +335,7 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, setting
             raise DataError(f"{path}: remap and ignore_id both name the id {stored}; remove it from one of them")
         ignore_class = len(names)
         remap[stored] = ignore_class
-        names.append("unlabelled")
+        names.append(_UNLABELLED)
         colors[ignore_class] = (0, 0, 0)
     if not names and num_classes is None:
         raise DataError(f"dataset_mode custom needs num_classes, or classes in {path}")

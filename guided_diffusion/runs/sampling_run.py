@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.json_text import parse_json
 from ..data.listing import some_names
 from ..data.specs import DatasetSpec
 from ..dist_util import World
@@ -159,8 +160,8 @@ class SampleRun:
         if not os.path.exists(path):
             return overwrite
         try:
-            with open(path, encoding="utf-8") as file:
-                record = json.load(file)
+            with open(path, "rb") as file:
+                record = parse_json(file.read())
             before, run = dict(record["images"]), dict(record["run"])
         except (ValueError, KeyError, TypeError) as error:
             if overwrite:

@@ -1,4 +1,4 @@
 """Weights and what lies beside them: names, atomic writing, reading, whether a set is whole.
 
-May import `settings`. Called by `runs`, `pipeline` and the training loop.
+May import `data` (its JSON reader) and `settings`. Called by `runs`, `pipeline` and the training loop.
 """

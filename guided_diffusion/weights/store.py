@@ -24,6 +24,9 @@ from typing import IO, Any, BinaryIO
 import blobfile
 import torch
 
+from ..data.json_text import parse_json
+from .config import checked_config
+
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.pt"
 _MANIFEST = re.compile(r"checkpoint(\d+)\.json$")
@@ -286,7 +289,7 @@ def exists(path: str) -> bool:
 def _read_json(path: str) -> dict[str, Any]:
     try:
         with _open(path, "rb") as file:
-            content = json.load(file)
+            content = parse_json(file.read())
     except (OSError, ValueError, blobfile.Error):
         return {}
     return content if isinstance(content, dict) else {}
@@ -416,22 +419,19 @@ def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path
 def read_config(checkpoint: str) -> dict[str, Any] | None:
     """The config that stands beside a checkpoint; None where there is none (a published checkpoint).
 
-    :raises CheckpointError: it is there, but damaged.
+    :raises CheckpointError: it is there, but damaged (see `checked_config`).
     """
     path = join(os.path.dirname(checkpoint), CONFIG_NAME)
     if not exists(path):
         return None
     try:
         with _open(path, "rb") as file:
-            config = json.load(file)
-        if not isinstance(config["model"], dict) or not isinstance(config["diffusion"], dict):
-            raise TypeError("model and diffusion are not groups of settings")
+            return checked_config(parse_json(file.read()))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not the config of a training run ({type(error).__name__}: {error}); restore it, or remove it "
             "and give all flags"
         ) from error
-    return config
 
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:

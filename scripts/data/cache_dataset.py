@@ -35,6 +35,7 @@ from guided_diffusion.data.listing import (
     list_items,
     open_stream,
     read_bytes,
+    read_cache_note,
     read_cache_settings,
 )
 from guided_diffusion.data.specs import DATASET_MODES, SPLITS, DataError, DatasetSpec, MissingSplitError, get_spec
@@ -156,9 +157,9 @@ def read_records(cache_dir: str) -> dict[tuple[str, str], Record]:
             for line in file:
                 try:
                     split, name, sources, files = json.loads(line)
-                except ValueError:
+                    records[split, name] = Record(sources, files)
+                except (ValueError, TypeError, RecursionError):
                     continue
-                records[split, name] = Record(sources, files)
     return records
 
 
@@ -202,7 +203,7 @@ def cache_settings(options: argparse.Namespace, spec: DatasetSpec) -> dict:
 def check_settings(options: argparse.Namespace, settings: dict, made: dict) -> None:
     """Raises DataError where the cache folder's `made` is not for these settings."""
     remedy = "delete that folder or choose another cache_dir"
-    if "spec" not in made:
+    if not isinstance(made.get("spec"), dict):
         raise DataError(
             f"{options.cache_dir} is a cache of an earlier version, which did not record its sources: training can"
             f" go on using it, but changes of {options.data_dir} would not be noticed; {remedy}"
@@ -264,8 +265,7 @@ def build_cache(options: argparse.Namespace) -> None:
     settings = cache_settings(options, spec)
     note = os.path.join(options.cache_dir, CACHE_FILE)
     if os.path.exists(note):
-        with open(note) as file:
-            check_settings(options, settings, json.load(file))
+        check_settings(options, settings, read_cache_note(note))
     elif os.path.isdir(options.cache_dir) and os.listdir(options.cache_dir):
         raise DataError(f"cache_dir {options.cache_dir} is not empty and no cache; choose another")
     write_bytes(note, json.dumps({**settings, "complete": False}).encode())

@@ -69,7 +69,7 @@ def read_annotations(file: Path, names: set[str]) -> dict[str, tuple[tuple[int, 
                 found[stem][1].append(annotation["segmentation"])
     except OSError as error:
         raise PreparationError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PreparationError(f"{file} has not the structure of COCO's instances ({error!r}): load it again") from None
     missing = sorted(names - found.keys())
     if missing:

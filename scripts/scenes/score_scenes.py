@@ -11,7 +11,6 @@ Reads `samples/NAME.png`, `labels/NAME.png` and `images/NAME.png` under RESULTS_
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
 from preparation import PreparationError, clear_errors, write_json
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import cKDTree
+
+from guided_diffusion.data.specs import DataError, get_spec
 
 PIXELS_PER_CLASS = 20_000  # enough for centres that differ by under one grey level from run to run
 
@@ -110,7 +111,10 @@ def score(results: Path, data: Path, centres: int, seed: int) -> dict:
         raise PreparationError(
             f"{results / 'labels'} has class ids {unknown.tolist()} that {data} has not: wrong --data?"
         )
-    classes = [entry["name"] for entry in json.loads((data / "dataset.json").read_text(encoding="utf-8"))["classes"]]
+    try:
+        classes = get_spec("custom", data).class_names
+    except DataError as error:
+        raise PreparationError(str(error)) from None
     shuffled = layouts[derangement(len(layouts), seed)]
     return {
         "adherence": float((predicted == layouts).mean()),

@@ -1,0 +1,40 @@
+"""What a `config.json` must hold to be believed: its parts, and every setting in its type."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..settings import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, as_setting
+
+# A hub folder's config says nothing of data and training. None: a group whose values are checked where they are used.
+_NEEDED = {"model": ModelConfig, "diffusion": DiffusionConfig}
+_OPTIONAL = {"data": DataConfig, "training": TrainConfig, "dataset_json": None, "start": None}
+
+
+def checked_config(content: Any) -> dict[str, Any]:
+    """The parts of a config by name; those that are null are left out, as if they were not there.
+
+    :raises KeyError: `model` or `diffusion` is missing. :raises TypeError: a part is no group of settings.
+    :raises ValueError: a setting of another type. Their messages do not know the file: the caller names it.
+    """
+    if not isinstance(content, dict):
+        raise TypeError("it is no JSON object")
+    config = {name: part for name, part in content.items() if part is not None}
+    for name, kind in (_NEEDED | _OPTIONAL).items():
+        if name in config or name in _NEEDED:
+            config[name] = _checked_part(name, kind, config[name])
+    return config
+
+
+def _checked_part(name: str, kind: type | None, part: Any) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise TypeError(f"{name} is {part!r}, not a group of settings")
+    part = dict(part)
+    for field in dataclasses.fields(kind) if kind else ():
+        if field.name in part:
+            try:
+                part[field.name] = as_setting(field.name, field.default, part[field.name])
+            except ConfigError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return part

@@ -1,0 +1,90 @@
+"""Class names and colours beside a checkpoint: recorded by every training, offered by the pipeline."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from data_helpers import write_benchmark, write_custom
+from sampling_helpers import MODEL, SETTINGS, save_checkpoint
+from training_helpers import flags
+
+import image_train
+from guided_diffusion.data.class_lists import class_record, recorded_classes
+from guided_diffusion.data.specs import DataError, get_spec, read_classes
+from guided_diffusion.pipeline import SDMPipeline
+
+TWO_NAMED = {"classes": ["sky", {"name": "road", "color": [1, 2, 3]}, "car"], "ignore_id": 255}
+
+
+def trained(tmp_path, monkeypatch, data, **settings):
+    """The config.json of a training of one step, and the pipeline of its checkpoint."""
+    settings = {"max_steps": 1, "val_images": 0, "batch_size": 1, **settings}
+    monkeypatch.setattr(sys, "argv", flags(data, tmp_path / "run", **settings))
+    image_train.main()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    return config, SDMPipeline.from_checkpoint(tmp_path / "run" / "model.pt")
+
+
+def test_a_benchmarks_classes_are_recorded_and_offered(tmp_path, monkeypatch):
+    data = write_benchmark(tmp_path / "data", "ade20k")
+    config, pipeline = trained(tmp_path, monkeypatch, data, dataset_mode="ade20k", num_classes=152)
+    assert len(config["classes"]) == 152 and "dataset_json" not in config
+    assert config["classes"][0] == {"name": "wall", "color": [120, 120, 120]}
+    assert pipeline.class_names[12].startswith("person") and pipeline.class_names[151] == "class 151"
+    assert pipeline.palette.dtype == np.uint8 and pipeline.palette.shape == (152, 3)
+    assert np.array_equal(pipeline.palette[:151], read_classes("ade20k")[1])
+
+
+def test_custom_classes_are_recorded_beside_dataset_json(tmp_path, monkeypatch):
+    data = write_custom(tmp_path / "data", classes=3, settings=TWO_NAMED)
+    config, pipeline = trained(tmp_path, monkeypatch, data)
+    assert config["dataset_json"] == TWO_NAMED
+    assert pipeline.class_names == ("sky", "road", "car", "unlabelled")
+    assert pipeline.palette[1].tolist() == [1, 2, 3] and len({tuple(c) for c in pipeline.palette.tolist()}) == 4
+
+
+@pytest.mark.parametrize("mode", ["cityscapes", "custom"])
+def test_what_is_recorded_is_what_is_read(mode):
+    spec = get_spec(mode, num_classes=40)
+    config = json.loads(json.dumps({"classes": class_record(spec)}))
+    names, palette = recorded_classes(config, 40, "config.json")
+    assert names == spec.class_names and np.array_equal(palette, spec.palette) and palette.dtype == np.uint8
+
+
+def test_records_of_older_trainings():
+    names, palette = recorded_classes({"data": {"dataset_mode": "celeba"}}, 19, "config.json")
+    assert names[13] == "hair" and palette[13].tolist() == [0, 0, 204]
+    config = {"data": {"dataset_mode": "custom"}, "dataset_json": TWO_NAMED}
+    names, palette = recorded_classes(config, 4, "config.json")
+    assert names == ("sky", "road", "car", "unlabelled") and palette[1].tolist() == [1, 2, 3]
+    names, palette = recorded_classes({**config, "dataset_json": {}}, 4, "config.json")
+    assert names == get_spec("custom", num_classes=4).class_names and len(palette) == 4
+    for unknown in (None, {}, {"data": {"dataset_mode": "custom"}}, {"data": {"dataset_mode": "of a later version"}}):
+        assert recorded_classes(unknown, 4, "config.json") is None
+
+
+RED = {"name": "red", "color": [255, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([RED] * 3, "3 classes, 3 of them with a color, for a network of 4"),
+        ([RED] * 3 + ["green"], "4 classes, 3 of them with a color"),
+        ([RED] * 3 + [{"name": "green", "color": [0, 256, 0]}], "the color of class 3"),
+        ({"names": []}, "class 0 is {'names'"),
+        ("red", "1 classes, 0 of them"),
+    ],
+)
+def test_recorded_classes_that_cannot_be_are_named(tmp_path, classes, message):
+    path = save_checkpoint(tmp_path, tmp_path, classes=classes)
+    with pytest.raises(DataError, match=f"classes in config.json beside .*ema_0.9_best.pt: .*{message}"):
+        SDMPipeline.from_checkpoint(path)
+
+
+def test_a_published_checkpoint_knows_no_names(tmp_path):
+    path = save_checkpoint(tmp_path, tmp_path)
+    (tmp_path / "config.json").unlink()
+    pipeline = SDMPipeline.from_checkpoint(path, **SETTINGS)
+    assert pipeline.class_names is None and pipeline.palette is None and pipeline.model_config == MODEL
