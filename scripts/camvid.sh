@@ -7,7 +7,7 @@
 # STEPS and RANKS change the length of training and the number of processes, PREDICT what the network predicts: v, the
 # velocity; xstart, the image; or eps, the noise, as published. SEED (0) is that of the generator's trainings; the
 # segmentation network that scores has always the same.
-camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; the README says where it comes from}")
+camvid=$(realpath "${CAMVID:?name the folder of CamVid, as CAMVID=data/CamVid; docs/training.md says where it comes from}")
 source "$(dirname "$0")/common.sh"
 use_environment mpi,plots
 size=${SIZE:-cpu} predict=${PREDICT:-v} seed=${SEED:-0}
