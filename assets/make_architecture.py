@@ -33,7 +33,7 @@ TRAINING = (
     ("data", "pairs files, checks\nids, crops both"),
     ("image_datasets", "batches of\nsmall integers"),
     ("layouts", "one-hot classes,\nedges; some dropped"),
-    ("objectives", "draws noise and\ntimestep; the loss"),
+    ("objectives", "adds noise at a\ntimestep; the loss"),
     ("unet", "predicts from image,\ntimestep, layout"),
     ("fp16_util", "scales the loss,\nsteps the optimizer"),
     ("weights", "writes weights,\naverages, optimizer"),
