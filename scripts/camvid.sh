@@ -9,7 +9,7 @@
 # segmentation network that scores has always the same.
 camvid=${CAMVID:+$(realpath "$CAMVID" 2> /dev/null)} # before common.sh leaves the folder that it may be relative to
 source "$(dirname "$0")/common.sh"
-[ -d "$camvid" ] || refuse "CAMVID is ${CAMVID:-empty}, no folder; name that of CamVid, as CAMVID=data/CamVid (see README.md)"
+[ -d "$camvid" ] || refuse "CAMVID is ${CAMVID:-empty}, no folder; name that of CamVid, as CAMVID=data/CamVid (docs/training.md says where it comes from)"
 check_number RANKS 1
 check_number STEPS 24 24 "its 4th, 6th and 8th part are used"
 check_number SEED 0

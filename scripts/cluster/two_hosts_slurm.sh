@@ -87,7 +87,7 @@ for job in srun mpiexec pmi2; do
   said "^$ranks processes \(started by $launcher\)" "$log" "$job: $ranks ranks on two hosts, 4 steps"
 done
 
-# The job of the README: a signal before the time limit, and again from where it was.
+# The job of docs/cluster.md: a signal before the time limit, and again from where it was.
 cat > "$out/job.sh" <<INNER
 #!/bin/bash
 #SBATCH --nodes 2 --ntasks-per-node 1 --time 2 --signal USR1@60 --requeue --open-mode append --output $out/job.log

@@ -52,7 +52,7 @@ def find_split(source: Path, split: str) -> list[tuple[Path, Path]]:
                 raise PreparationError(f"{images} holds no photographs: unpack the archive again")
             return [(found[stem], partners[stem]) for stem in sorted(found)]
     expected = " or ".join(f"{source / images.format(split)} and {maps.format(split)}" for images, maps in LAYOUTS)
-    raise PreparationError(f"no {split} split: expected {expected}; the README says where CamVid comes from")
+    raise PreparationError(f"no {split} split: expected {expected}; docs/training.md says where CamVid comes from")
 
 
 def prepare(source: Path, out: Path, every: int = 1) -> dict[str, int]:
