@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ..nn import in_precision_of
+from .neighbourhoods import NONE, neighbours, number_fives, number_threes
 from .spade import SPADEGroupNorm
 
-NONE = -1  # in a list of layout channels: nothing is 1 here
 # Where a larger share of a map's 3x3 neighbourhoods is distinct, the convolution over all pixels is about as fast, and
 # takes less memory.
 MOST_DISTINCT = 0.5
@@ -165,22 +165,20 @@ class LabelLayout:
 
     def _make_map(self, size: tuple[int, ...]) -> _Map:
         ones = F.interpolate(self.ones.double(), size=size, mode="nearest").long()
-        around = F.pad(ones, (1, 1, 1, 1), value=NONE)
-        threes, order, firsts = _number_neighbourhoods(around, self.channels)
-        worth_it = min(size) > 1 and len(firsts) <= MOST_DISTINCT * len(order)
-        spots = order[firsts] if worth_it else slice(None)
-        around = around.unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, ones.shape[1], 9)[spots]
+        threes = number_threes(ones, self.channels)
+        worth_it = min(size) > 1 and threes.count <= MOST_DISTINCT * len(threes.order)
+        spots = threes.first_pixels if worth_it else slice(None)
+        around = torch.stack([neighbours(channel, NONE) for channel in ones.unbind(1)], dim=1)[spots]  # [spots, 1|2, 9]
         # The table's first L rows, of L layout channels, are for the first neighbour, and so on.
         rows = around + self.channels * torch.arange(9, device=around.device)
         hidden = _Gather.of(rows.masked_fill_(around == NONE, NONE).flatten(1), 9 * self.channels)
         if not worth_it:
             return _Map(hidden)
-        threes = F.pad(threes, (1, 1, 1, 1), value=len(firsts))  # outside the map: one more spot, without features
-        fives, order, first_fives = _number_corners(threes, len(firsts) + 1)
-        around = threes.unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 9)[order[first_fives]]
-        rows = (9 * around + torch.arange(9, device=around.device)).masked_fill_(around == len(firsts), NONE)
-        counts = torch.diff(first_fives, append=first_fives.new_tensor([len(order)]))
-        return _Map(hidden, _Gather.of(rows, 9 * len(firsts)), ids=fives.flatten(), pixels=_Sums.of(order, counts))
+        fives, outside = number_fives(threes), threes.count  # outside the map: one more spot, without features
+        around = neighbours(threes.ids, outside)[fives.first_pixels]
+        rows = (9 * around + torch.arange(9, device=around.device)).masked_fill_(around == outside, NONE)
+        pixels = _Sums.of(fives.order, fives.counts)
+        return _Map(hidden, _Gather.of(rows, 9 * threes.count), ids=fives.ids.flatten(), pixels=pixels)
 
     def _hidden_rows(self, norm: SPADEGroupNorm, gather: _Gather) -> torch.Tensor:
         convolution, activation = norm.mlp_shared
@@ -203,42 +201,3 @@ class LabelLayout:
         rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # no copy where x is channels-last
         rows = _Modulate.apply(rows, scale.contiguous(), shift.contiguous(), here.ids, here.pixels)
         return rows.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-
-def _number(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Equal entries of `key` get equal numbers, from 0 on without gaps.
-
-    :return: the numbers, in the shape of `key`; the places of `key`, flattened, ordered by number; where in that order
-        each number begins.
-    """
-    values, order = key.flatten().sort(stable=True)
-    begins = torch.ones_like(values, dtype=torch.bool)
-    begins[1:] = values[1:] != values[:-1]
-    numbers = torch.empty_like(order)
-    numbers[order] = begins.cumsum(0) - 1
-    return numbers.view_as(key), order, begins.nonzero()[:, 0]
-
-
-def _number_neighbourhoods(ones: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The 3x3 neighbourhoods within `ones` [N, 1 or 2, h + 2, w + 2], numbered as by `_number`, [N, h, w]."""
-    kinds = channels + 1
-    pixels = ones[:, 0] + 1
-    for channel in ones[:, 1:].unbind(1):
-        pixels = pixels * kinds + channel + 1
-    pixels, _, firsts = _number(pixels)
-    kinds = len(firsts)
-    columns, _, firsts = _number((pixels[:, :-2] * kinds + pixels[:, 1:-1]) * kinds + pixels[:, 2:])
-    kinds = len(firsts)
-    pairs, _, firsts = _number(columns[:, :, :-2] * kinds + columns[:, :, 1:-1])
-    return _number(pairs * kinds + columns[:, :, 2:])
-
-
-def _number_corners(threes: torch.Tensor, kinds: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The 5x5 neighbourhoods, numbered as by `_number`, [N, h, w], from the 3x3 ones around them [N, h + 2, w + 2],
-    which are numbers below `kinds`.
-
-    Those at its four corners make up a 5x5 neighbourhood, and tell how much of it is outside (the highest number); so
-    no more than these are compared.
-    """
-    pairs, _, firsts = _number(threes[:, :, :-2] * kinds + threes[:, :, 2:])
-    return _number(pairs[:, :-2] * len(firsts) + pairs[:, 2:])
