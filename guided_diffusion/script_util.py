@@ -57,10 +57,7 @@ def build_config(
     """
     names = {field.name: field for field in dataclasses.fields(cls)}
     own = {name: as_setting(name, names[name].default, value) for name, value in given.items() if name in names}
-    try:
-        old = {n: as_setting(n, names[n].default, value) for n, value in (recorded or {}).items() if n in names}
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from error
+    old = {name: value for name, value in (recorded or {}).items() if name in names}
     config = cls(**{**old, **own})
     if recorded is not None:
         before = cls(**old)

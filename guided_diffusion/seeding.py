@@ -7,9 +7,11 @@ ranks and resuming change nothing, and there is no generator state to save.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -55,16 +57,39 @@ def normals(
 class ImageNoise:
     """The noise of a batch of images, step after step: call it for the next [N, *shape].
 
-    Drawn on the CPU, so that an image is the same (to rounding) on every device.
+    Drawn on the CPU, so that an image is the same (to rounding) on every device; for another device a thread draws it
+    ahead, while that one computes.
+
+    :param ahead: whether it does; by default where `device` is not the CPU.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        ahead: bool | None = None,
+    ):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape = tuple(shape)
         self.device = torch.device(device)
+        self.ahead = self.device.type != "cpu" if ahead is None else ahead
+        self._calls = 0
+        self._next: Future[torch.Tensor] | None = None
 
     def __call__(self) -> torch.Tensor:
+        noise = self._draw() if self._next is None else self._next.result()
+        self._calls += 1
+        if self.ahead and self._calls > 1:  # from the second call on it is known that the sampler draws in every step
+            self._next = _drawing_thread().submit(self._draw)
+        return noise.to(self.device, non_blocking=True)
+
+    def _draw(self) -> torch.Tensor:
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-        if self.device.type == "cuda":  # pinned, it travels while the device is still busy
-            return noise.pin_memory().to(self.device, non_blocking=True)
-        return noise.to(self.device)
+        # pinned, it travels while the device is busy
+        return noise.pin_memory() if self.device.type == "cuda" else noise
+
+
+@functools.cache
+def _drawing_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="noise")

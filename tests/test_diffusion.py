@@ -266,8 +266,11 @@ def test_min_snr_weights(settings):
 def test_image_noise_does_not_depend_on_the_batch():
     together = ImageNoise([3, 4, 5], (3, 8, 8))
     alone = ImageNoise([4], (3, 8, 8))
-    for _ in range(3):
-        assert torch.equal(together()[1], alone()[0])
+    ahead = ImageNoise([5], (3, 8, 8), ahead=True)  # drawn by a thread, before it is asked for
+    for _ in range(4):
+        noise = together()
+        assert torch.equal(noise[1], alone()[0]) and torch.equal(noise[2], ahead()[0])
+    assert ahead._next is not None and alone._next is None
 
 
 @pytest.mark.parametrize("spacing", ["0", "ddim333", "ddimx", "1001", "10,2000", "-3", "a,b"])

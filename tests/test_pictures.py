@@ -5,6 +5,8 @@ import pytest
 from PIL import Image
 
 from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
+from guided_diffusion.runs.writer import PictureWriter
+from guided_diffusion.weights.store import CheckpointError
 
 RED, BLUE = np.full((20, 30, 3), (200, 0, 0), np.uint8), np.full((10, 10, 3), (0, 0, 200), np.uint8)
 
@@ -74,3 +76,28 @@ def test_save_png_replaces_whole_files_only(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_png(BLUE, path)
     assert np.array_equal(Image.open(path), RED) and os.listdir(path.parent) == ["a.png"]
+
+
+def test_a_writer_has_written_all_when_it_is_left(tmp_path):
+    with PictureWriter() as writer:
+        for i in range(300):  # more than may wait
+            writer.save(np.full((4, 4), i % 256, np.uint8), str(tmp_path / f"{i}.png"))
+        writer.save(BLUE, str(tmp_path / "0.png"))  # in the order in which they come
+    assert len(os.listdir(tmp_path)) == 300
+    assert (
+        np.array_equal(Image.open(tmp_path / "0.png"), BLUE)
+        and np.asarray(Image.open(tmp_path / "299.png"))[0, 0] == 43
+    )
+
+
+def test_a_writer_tells_what_it_could_not_write(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write .*file/a\.png: .*start again to go on"),
+        PictureWriter() as writer,
+    ):
+        writer.save(RED, str(tmp_path / "file" / "a.png"))
+    with pytest.raises(ZeroDivisionError), PictureWriter() as writer:  # another failure: what has come is written
+        writer.save(RED, str(tmp_path / "b.png"))
+        raise ZeroDivisionError
+    assert np.array_equal(Image.open(tmp_path / "b.png"), RED)

@@ -137,8 +137,6 @@ class LabelLayout:
     :param dtype: what the network computes in.
     """
 
-    passes = 1
-
     def __init__(
         self,
         label: torch.Tensor,
@@ -186,8 +184,12 @@ class LabelLayout:
         table = convolution.weight.permute(2, 3, 1, 0).reshape(9 * self.channels, -1).contiguous()
         return activation(_SumRows.apply(table, gather) + convolution.bias).to(self.dtype)
 
-    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout."""
+    def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout (into `out`)."""
+        modulated = self._modulated(norm, x)
+        return modulated if out is None else out.copy_(modulated)
+
+    def _modulated(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
         here = self.at(x.shape[2:])
         hidden = self._hidden_rows(norm, here.hidden)  # [spots, 128]
         if here.products is None:

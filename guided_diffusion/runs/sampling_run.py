@@ -29,6 +29,7 @@ from ..settings import ConfigError, SampleConfig, Sampling, binding_settings
 from ..weights import store
 from .pictures import colorize, contact_sheet, save_png
 from .stop_signals import StopSignals
+from .writer import PictureWriter
 
 OVERVIEW_ROWS = 8
 OVERVIEW_SAMPLES = 4
@@ -88,7 +89,7 @@ class SampleRun:
         total = len(batches) * steps
         bar = progress_bar(total=total, desc="denoising", unit="step", disable=not self.world.is_main)
         done = 0
-        with bar, StopSignals() as signals, contextlib.suppress(_Stopped):
+        with bar, StopSignals() as signals, contextlib.suppress(_Stopped), PictureWriter() as self.writer:
 
             def on_step(_: Moment) -> None:
                 bar.update()
@@ -266,23 +267,14 @@ class SampleRun:
             names = ", ".join(dict.fromkeys(self.dataset.names[layout] for layout, _ in pairs))
             raise FloatingPointError(f"layouts {names}: {error}") from error
         for (layout, index), picture in zip(pairs, pictures, strict=True):
-            self._save(picture, self.sample_folders[index], self.dataset.names[layout])
+            self.writer.save(picture, self._path(self.sample_folders[index], self.dataset.names[layout]))
 
     def _save_inputs(self, batch: dict[str, Any]) -> None:
         for row, name in enumerate(batch["name"]):
             if "image" in batch:
-                self._save(batch["image"][row].permute(1, 2, 0).numpy(), "images", name)
+                self.writer.save(batch["image"][row].permute(1, 2, 0).numpy(), self._path("images", name))
             ids = batch["label"][row, 0].numpy()
-            self._save(ids if ids.dtype == np.uint8 else ids.astype(np.uint16), "labels", name)
-
-    def _save(self, picture: np.ndarray, folder: str, name: str) -> None:
-        path = self._path(folder, name)
-        try:
-            save_png(picture, path)
-        except OSError as error:
-            raise store.CheckpointError(
-                f"cannot write {path}: {error}; what is there is whole, start again to go on"
-            ) from error
+            self.writer.save(ids if ids.dtype == np.uint8 else ids.astype(np.uint16), self._path("labels", name))
 
     def _path(self, folder: str, name: str) -> str:
         return os.path.join(self.folder, folder, f"{name}.png")

@@ -24,6 +24,8 @@ def checked_config(content: Any) -> dict[str, Any]:
     for name, kind in (_NEEDED | _OPTIONAL).items():
         if name in config or name in _NEEDED:
             config[name] = _checked_part(name, kind, config[name])
+    if "data" not in config and "dataset_json" in config:  # only data of one's own has that part
+        config["data"] = {"dataset_mode": "custom"}
     return config
 
 
