@@ -12,9 +12,10 @@ import torch
 from guided_diffusion import dist_util
 from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
+from guided_diffusion.objectives.denoising import Denoising
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
-from guided_diffusion.script_util import build_config, create_model, parse_flags
+from guided_diffusion.script_util import build_config, create_gaussian_diffusion, create_model, parse_flags
 from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
@@ -62,6 +63,9 @@ def main() -> int:
         logger.log(f"settings: {record}")
         finished = TrainLoop(
             model=model,
+            objective=Denoising(
+                create_gaussian_diffusion(dataclasses.replace(diffusion_config, timestep_respacing=""))
+            ),
             diffusion_config=diffusion_config,
             dataset=dataset,
             validation=validation,

@@ -108,7 +108,8 @@ class Engine:
         from guided_diffusion.dist_util import World
         from guided_diffusion.image_datasets import training_batches
         from guided_diffusion.logger import Logger
-        from guided_diffusion.script_util import create_model
+        from guided_diffusion.objectives.denoising import Denoising
+        from guided_diffusion.script_util import create_gaussian_diffusion, create_model
         from guided_diffusion.settings import TrainConfig
         from guided_diffusion.train_util import TrainLoop
 
@@ -116,6 +117,7 @@ class Engine:
         world = World()
         self.loop = TrainLoop(
             model=create_model(model, diffusion.learn_sigma),
+            objective=Denoising(create_gaussian_diffusion(diffusion)),
             diffusion_config=diffusion,
             dataset=dataset,
             validation=None,

@@ -22,6 +22,7 @@ from .image_datasets import LayoutDataset, balance_weights, training_batches
 from .layouts.encode import to_network
 from .logger import Averages, Logger, progress_bar
 from .nn import update_ema
+from .objectives.objective import Batch, Draws, Objective
 from .resample import create_schedule_sampler
 from .runs.pictures import save_png
 from .runs.resume import (
@@ -54,7 +55,8 @@ class TrainLoop:
     A step's every random choice follows from the run's seed and the positions of its samples, so a run that was
     stopped, or killed, and started again ends in the same weights as an undisturbed one.
 
-    :param validation: the split whose denoising loss decides the best EMA; None: the latest EMA counts as best.
+    :param objective: what a step minimises, and the validation measures.
+    :param validation: the split whose loss decides the best EMA; None: the latest EMA counts as best.
     :param record: the settings to save as config.json beside the checkpoints.
     """
 
@@ -62,6 +64,7 @@ class TrainLoop:
         self,
         *,
         model: UNetModel,
+        objective: Objective,
         diffusion_config: DiffusionConfig,
         dataset: LayoutDataset,
         validation: LayoutDataset | None,
@@ -74,12 +77,12 @@ class TrainLoop:
     ):
         self.config, self.world, self.logger, self.logdir, self.record = config, world, logger, logdir, record
         self.dataset, self.num_workers = dataset, num_workers
-        self.diffusion = create_gaussian_diffusion(dataclasses.replace(diffusion_config, timestep_respacing=""))
+        self.objective = objective
         self.preview_diffusion = create_gaussian_diffusion(
             dataclasses.replace(diffusion_config, timestep_respacing=""),
             min(PREVIEW_STEPS, diffusion_config.diffusion_steps),
         )
-        self.schedule_sampler = create_schedule_sampler(config.schedule_sampler, self.diffusion.num_timesteps)
+        self.schedule_sampler = create_schedule_sampler(config.schedule_sampler, self.objective.num_timesteps)
         self.microbatch = config.microbatch if config.microbatch > 0 else config.batch_size
         self.global_batch = config.batch_size * world.size
         self.look_up = config.looks_layouts_up(world.device.type)
@@ -137,11 +140,11 @@ class TrainLoop:
             logger.log("no validation split: the latest EMA counts as the best")
         elif config.val_images > 0:
             self.validation = Validation(
-                validation, self.diffusion, world, images=config.val_images, batch_size=self.microbatch
+                validation, objective, world, images=config.val_images, batch_size=self.microbatch
             )
             for problem in self.validation.check():  # now, not at the first save
                 logger.log(f"note: left out of the validation: {problem}")
-        self.averages = Averages(world.device, self.diffusion.num_timesteps)
+        self.averages = Averages(world.device, self.objective.num_timesteps)
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -304,7 +307,7 @@ class TrainLoop:
         losses = []
         for first in range(0, len(positions), self.microbatch):
             part = slice(first, first + self.microbatch)
-            x_start, y = to_network(
+            image, layout = to_network(
                 {name: value[part] for name, value in batch.items()},
                 self.world.device,
                 self.dataset.num_classes,
@@ -312,29 +315,26 @@ class TrainLoop:
                 dropped=dropped[part],
                 look_up=self.look_up,
             )
-            last = first + self.microbatch >= len(positions)
-            losses.append(
-                self._backward(
-                    x_start,
-                    y,
-                    torch.from_numpy(t[part]).to(x_start.device, non_blocking=True),
-                    torch.from_numpy(weights[part] / len(positions)).to(x_start.device, non_blocking=True),
-                    normals(noise_seeds[part], x_start.shape[1:], x_start.device),
-                    synchronize=last,
-                )
+            draws = Draws(
+                torch.from_numpy(t[part]).to(image.device, non_blocking=True),
+                normals(noise_seeds[part], image.shape[1:], image.device),
             )
+            shares = torch.from_numpy(weights[part] / len(positions)).to(image.device, non_blocking=True)
+            last = first + self.microbatch >= len(positions)
+            losses.append(self._backward(Batch(image, layout), draws, shares, synchronize=last))
         result = self.trainer.step()
         self.step += 1
         self.samples_seen += self.global_batch
         self._after_step(result, t, torch.cat(losses))
 
-    def _backward(self, x_start, y, t, weights, noise, *, synchronize: bool) -> torch.Tensor:
-        """Adds the gradient of one microbatch; ranks exchange gradients only where `synchronize`. Losses [n]."""
+    def _backward(self, batch: Batch, draws: Draws, shares: torch.Tensor, *, synchronize: bool) -> torch.Tensor:
+        """Adds the gradient of one microbatch, whose samples have these shares [n] in the step's loss; ranks exchange
+        gradients only where `synchronize`. Losses [n]."""
         postpone = self.distributed is not None and not synchronize
         with self.distributed.no_sync() if postpone else contextlib.nullcontext():
-            terms = self.diffusion.training_losses(self.network, x_start, t, {"y": y}, noise)
-            self.trainer.scale((terms["loss"] * weights).sum()).backward()
-        self.averages.add(t, {name: term.detach() for name, term in terms.items()})
+            terms = self.objective.losses(self.network, batch, draws)
+            self.trainer.scale((terms["loss"] * shares).sum()).backward()
+        self.averages.add(draws.timesteps, {name: term.detach() for name, term in terms.items()})
         return terms["loss"].detach()
 
     def _after_step(self, result: StepResult, t: np.ndarray, losses: torch.Tensor) -> None:

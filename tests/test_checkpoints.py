@@ -354,7 +354,7 @@ def test_a_colon_in_a_name_is_no_url(tmp_path, monkeypatch):
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    code = "import sys; from guided_diffusion import checkpoints; store.lock(sys.argv[1])"
+    code = "import sys; from guided_diffusion.weights import store; store.lock(sys.argv[1])"
     held = store.lock(str(tmp_path))
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 1 and f"in use by another run (process {os.getpid()} on" in result.stderr

@@ -38,13 +38,13 @@ def batch_of(loop):
 
 def poison(loop, steps):
     """The loss of the steps numbered in `steps` becomes infinite."""
-    compute = loop.diffusion.training_losses
+    compute = loop.objective.losses
 
-    def training_losses(*args):
+    def losses(*args):
         terms = compute(*args)
         return {name: value * math.inf for name, value in terms.items()} if loop.step in steps else terms
 
-    loop.diffusion.training_losses = training_losses
+    loop.objective.losses = losses
 
 
 def snapshot(loop):
@@ -177,14 +177,15 @@ def test_dropped_layouts_and_timesteps_follow_the_samples_position(data, tmp_pat
     seen = {}
     for batch_size in (4, 2):
         loop = make_loop(data, tmp_path, batch_size=batch_size)
-        compute, record = loop.diffusion.training_losses, []
+        compute, record = loop.objective.losses, []
 
-        def training_losses(network, x_start, t, kwargs, noise, compute=compute, record=record):
-            dropped = (kwargs["y"].ones == -1).all(dim=3).all(dim=2)[:, 0]
-            record += zip(t.tolist(), dropped.tolist(), noise.sum(dim=(1, 2, 3)).tolist(), strict=True)
-            return compute(network, x_start, t, kwargs, noise)
+        def losses(network, batch, draws, compute=compute, record=record):
+            dropped = (batch.layout.ones == -1).all(dim=3).all(dim=2)[:, 0]
+            noise = draws.noise.sum(dim=(1, 2, 3))
+            record += zip(draws.timesteps.tolist(), dropped.tolist(), noise.tolist(), strict=True)
+            return compute(network, batch, draws)
 
-        loop.diffusion.training_losses = training_losses
+        loop.objective.losses = losses
         batches = training_batches(loop.dataset, batch_size=batch_size, num_workers=0)
         while len(record) < 24:
             loop.train_step(next(batches))

@@ -17,6 +17,7 @@ from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
 from ..layouts.encode import to_network, to_uint8
+from ..objectives.objective import Batch, Draws, Objective
 from ..sampling.solvers import sample_loop
 from ..seeding import normals, stable_seed
 from .pictures import colorize, contact_sheet
@@ -37,13 +38,13 @@ class ValidationFailed(RuntimeError):
 
 
 class Validation:
-    """The denoising loss on a fixed set: the same images, timesteps and noise every time.
+    """What `objective` measures on a fixed set: the same images, timesteps and noise every time.
 
     Image i of n has timestep (i + 1/2) / n of the trajectory, so that all noise levels count. Ranks share the work.
     """
 
-    def __init__(self, dataset: LayoutDataset, diffusion: Any, world: World, *, images: int, batch_size: int):
-        self.dataset, self.diffusion, self.world = dataset, diffusion, world
+    def __init__(self, dataset: LayoutDataset, objective: Objective, world: World, *, images: int, batch_size: int):
+        self.dataset, self.objective, self.world = dataset, objective, world
         self.indices = spread(images, len(dataset))
         self.batch_size = batch_size
 
@@ -72,11 +73,11 @@ class Validation:
         """What the losses are measured on, in words: those with another measure do not compare."""
         names = hashlib.sha256("\n".join(self.dataset.names[i] for i in self.indices).encode()).hexdigest()
         height, width = self.dataset.shape
-        loss = ", variational bound" if self.diffusion.use_kl else ""
-        return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}{loss}"
+        text = f"{len(self.indices)} images of {height}x{width}, names {names[:12]}"
+        return ", ".join(part for part in (text, self.objective.measured_in_words) if part)
 
     def loss(self, model: torch.nn.Module, weights: Weights) -> float:
-        """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective.
+        """The mean of the objective's measured term over all images, of `model` with `weights`. A collective.
 
         :raises ValidationFailed: on every rank, where one could not read or compute its part.
         """
@@ -95,15 +96,14 @@ class Validation:
         mine = list(range(len(self.indices)))[self.world.rank :: self.world.size]
         total = 0.0
         for slots, batch in self._batches(mine):
-            x_start, y = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
-            t = [(2 * slot + 1) * self.diffusion.num_timesteps // (2 * len(self.indices)) for slot in slots]
+            image, layout = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
+            t = [(2 * slot + 1) * self.objective.num_timesteps // (2 * len(self.indices)) for slot in slots]
             # drawn on the CPU: a run that moves to another kind of device compares its losses
-            noise = normals([stable_seed("validation", slot) for slot in slots], x_start.shape[1:]).to(x_start.device)
+            noise = normals([stable_seed("validation", slot) for slot in slots], image.shape[1:]).to(image.device)
+            draws = Draws(torch.tensor(t, device=image.device), noise)
             with evaluating(model, weights) as network:
-                terms = self.diffusion.training_losses(
-                    network, x_start, torch.tensor(t, device=x_start.device), {"y": y}, noise
-                )
-            total += float(terms.get("mse", terms["loss"]).double().sum())
+                terms = self.objective.losses(network, Batch(image, layout), draws)
+            total += float(terms[self.objective.measured].double().sum())
         return total
 
     def _batches(self, slots: list[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
