@@ -24,7 +24,7 @@ from guided_diffusion.settings import (
     TrainConfig,
     resolve_precision,
 )
-from guided_diffusion.train_util import TrainingDiverged, TrainLoop
+from guided_diffusion.train_util import TrainingDiverged, prepare_training
 from guided_diffusion.weights.store import CheckpointError, recorded_config
 
 
@@ -61,11 +61,10 @@ def main() -> int:
         if data.dataset_mode == "custom":  # what ids mean: sampling from label maps alone needs it
             record["dataset_json"] = read_dataset_json(data.data_dir)
         logger.log(f"settings: {record}")
-        finished = TrainLoop(
+        diffusion = create_gaussian_diffusion(dataclasses.replace(diffusion_config, timestep_respacing=""))
+        loop = prepare_training(
             model=model,
-            objective=Denoising(
-                create_gaussian_diffusion(dataclasses.replace(diffusion_config, timestep_respacing=""))
-            ),
+            objective=Denoising(diffusion),
             diffusion_config=diffusion_config,
             dataset=dataset,
             validation=validation,
@@ -75,7 +74,8 @@ def main() -> int:
             logger=logger,
             logdir=logdir,
             record=record,
-        ).run()
+        )
+        finished = loop.run()
         logger.close()
     return 0 if finished else EXIT_UNFINISHED
 

@@ -20,7 +20,7 @@ from guided_diffusion.logger import Logger
 from guided_diffusion.objectives.denoising import Denoising
 from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.settings import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.train_util import TrainLoop, prepare_training
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4
@@ -59,7 +59,7 @@ def make_loop(
         skip_bad=config.skip_bad,
     )  # fmt: skip
     torch.manual_seed(config.seed)
-    return TrainLoop(
+    return prepare_training(
         model=create_model(model_config, diffusion_config.learn_sigma),
         objective=objective or Denoising(create_gaussian_diffusion(diffusion_config)),
         diffusion_config=diffusion_config,

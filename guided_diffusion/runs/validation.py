@@ -1,7 +1,4 @@
-"""What is looked at during training: the validation loss that decides the best EMA, and preview pages.
-
-Neither touches the training: both draw their noise from seeds of their own.
-"""
+"""The validation loss, which decides the best EMA. It draws its noise from seeds of its own: training is untouched."""
 
 from __future__ import annotations
 
@@ -9,22 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.func import functional_call
 
 from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
-from ..layouts.encode import to_network, to_uint8
+from ..layouts.encode import to_network
 from ..objectives.objective import Batch, Draws, Objective
-from ..sampling.solvers import sample_loop
 from ..seeding import normals, stable_seed
-from .pictures import colorize, contact_sheet
 
 Weights = dict[str, torch.Tensor]
-PREVIEW_LAYOUTS = 4
-PREVIEW_SCALE = 1.5
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -127,33 +119,3 @@ class evaluating:
     def __exit__(self, *error: Any) -> None:
         self.model.train()
         self.no_grad.__exit__(*error)
-
-
-def preview_page(
-    model: torch.nn.Module,
-    weights: Weights,
-    diffusion: Any,
-    dataset: LayoutDataset,
-    device: torch.device,
-    *,
-    s: float,
-    title: str,
-) -> np.ndarray:
-    """A page of layout, photograph and sample for a few layouts, uint8 [H, W, 3].
-
-    :param diffusion: over the few steps that a preview takes.
-    :param s: the guidance scale; 1 for a network that has not seen null layouts, whose answer to one means nothing.
-    """
-    indices = spread(PREVIEW_LAYOUTS, len(dataset))
-    batch = next(iter(sampling_batches(dataset, indices, len(indices))))
-    _, y = to_network(batch, device, dataset.num_classes, model.dtype)
-    noise = normals([stable_seed("preview", i) for i in indices], (3, *y.shape[2:])).to(device)
-    with evaluating(model, weights) as network:
-        for step in sample_loop(diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": s}):
-            sample = step["sample"]
-    rows = []
-    for i, picture in enumerate(to_uint8(sample, dataset.spec.grey)):
-        photograph = batch["image"][i].permute(1, 2, 0).numpy() if "image" in batch else None
-        rows.append([colorize(batch["label"][i, 0].numpy(), dataset.spec.palette), photograph, picture])
-    page = contact_sheet(rows, column_titles=["layout", "photograph", "sample"], row_titles=batch["name"], title=title)
-    return np.asarray(page)
