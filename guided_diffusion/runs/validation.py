@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from ..data.specs import DataError
 from ..dist_util import World
@@ -104,18 +104,32 @@ class Validation:
             yield slots[first * self.batch_size : (first + 1) * self.batch_size], batch
 
 
-class evaluating:
-    """Within it, a function that runs `model` with other weights, in evaluation mode, without gradients."""
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module, weights: Weights) -> Iterator[torch.nn.Module]:
+    """Within it, `model` has the tensors of `weights` in place of its parameters, is in evaluation mode, and makes no
+    gradients.
 
-    def __init__(self, model: torch.nn.Module, weights: Weights):
-        self.model, self.weights = model, weights
+    The modules hold other tensors for the time, and nothing is copied: the parameters, which the optimizer and
+    DistributedDataParallel know, are not touched, and stand in their places again afterwards, also after an error.
 
-    def __enter__(self) -> Callable[..., torch.Tensor]:
-        self.no_grad = torch.no_grad()
-        self.no_grad.__enter__()
-        self.model.eval()
-        return lambda x, t, **kwargs: functional_call(self.model, self.weights, (x, t), kwargs)
+    :param weights: for every parameter a tensor, in its shape and memory layout.
+    :raises ValueError: other names or shapes than those of the parameters.
+    """
+    parameters = dict(model.named_parameters())
+    if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in weights.items()}:
+        raise ValueError("the weights to evaluate have other names or shapes than the network's parameters")
+    training = model.training
+    try:
+        _put(model, weights)
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        _put(model, parameters)
+        model.train(training)
 
-    def __exit__(self, *error: Any) -> None:
-        self.model.train()
-        self.no_grad.__exit__(*error)
+
+def _put(model: torch.nn.Module, weights: Weights) -> None:
+    for name, tensor in weights.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = tensor  # setattr refuses a tensor that is no Parameter
