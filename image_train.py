@@ -13,9 +13,16 @@ from guided_diffusion import dist_util
 from guided_diffusion.data.class_lists import CLASSES_KEY, class_record
 from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.logger import Logger
+from guided_diffusion.objectives.denoising import Denoising
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
-from guided_diffusion.script_util import build_config, create_model, network_settings, parse_flags
+from guided_diffusion.script_util import (
+    build_config,
+    create_gaussian_diffusion,
+    create_model,
+    network_settings,
+    parse_flags,
+)
 from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
@@ -23,7 +30,7 @@ from guided_diffusion.settings import (
     ModelConfig,
     TrainConfig,
 )
-from guided_diffusion.train_util import TrainingDiverged, TrainLoop
+from guided_diffusion.train_util import TrainingDiverged, prepare_training
 from guided_diffusion.weights.store import CheckpointError, recorded_config
 
 
@@ -55,8 +62,10 @@ def main() -> int:
             record["dataset_json"] = read_dataset_json(data.data_dir)
         logger.log(f"settings: {record}")
         record[CLASSES_KEY] = class_record(dataset.spec)
-        finished = TrainLoop(
+        diffusion = create_gaussian_diffusion(dataclasses.replace(diffusion_config, timestep_respacing=""))
+        loop = prepare_training(
             model=model,
+            objective=Denoising(diffusion),
             diffusion_config=diffusion_config,
             dataset=dataset,
             validation=validation,
@@ -66,7 +75,8 @@ def main() -> int:
             logger=logger,
             logdir=logdir,
             record=record,
-        ).run()
+        )
+        finished = loop.run()
         logger.close()
     return 0 if finished else EXIT_UNFINISHED
 

@@ -108,14 +108,16 @@ class Engine:
         from guided_diffusion.dist_util import World
         from guided_diffusion.image_datasets import training_batches
         from guided_diffusion.logger import Logger
-        from guided_diffusion.script_util import create_model
+        from guided_diffusion.objectives.denoising import Denoising
+        from guided_diffusion.script_util import create_gaussian_diffusion, create_model
         from guided_diffusion.settings import TrainConfig
-        from guided_diffusion.train_util import TrainLoop
+        from guided_diffusion.train_util import prepare_training
 
         torch.manual_seed(0)
         world = World()
-        self.loop = TrainLoop(
+        self.loop = prepare_training(
             model=create_model(model, diffusion.learn_sigma),
+            objective=Denoising(create_gaussian_diffusion(diffusion)),
             diffusion_config=diffusion,
             dataset=dataset,
             validation=None,

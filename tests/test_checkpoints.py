@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from guided_diffusion.runs.log_directory import LogDirectory
 from guided_diffusion.runs.resume import find_start
 from guided_diffusion.weights import store
 from guided_diffusion.weights.store import CheckpointError
@@ -308,7 +309,7 @@ def test_parts_of_a_config_that_are_not_there(tmp_path):
 def start(logdir, resume="", **options):
     said: list[str] = []
     options = {"world_size": 1, "global_batch": 4, **options}
-    return find_start(str(logdir), str(resume), RATES, log=said.append, **options), "\n".join(said)
+    return find_start(LogDirectory(str(logdir)), str(resume), RATES, log=said.append, **options), "\n".join(said)
 
 
 def test_where_a_run_starts(tmp_path):

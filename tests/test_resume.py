@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_helpers import make_data, make_loop
 
-from guided_diffusion.runs.resume import load_optimizer_state
+from guided_diffusion.runs.optimizers import load_optimizer_state
 from guided_diffusion.weights import store
 from guided_diffusion.weights.store import CheckpointError
 
@@ -43,7 +43,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(data, run, t
         with pytest.raises(CheckpointError, match="is whole"):
             make_loop(data, logdir, max_steps=4, resume_checkpoint=str(run / "model.pt"))
         loop = make_loop(data, tmp_path / "other", max_steps=3, resume_checkpoint=weights)
-        assert loop.step == 2 and loop.run()
+        assert loop.state.step == 2 and loop.run()
 
 
 def test_weights_of_others_in_the_log_directory_stay(data, run, tmp_path):

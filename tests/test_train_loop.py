@@ -38,17 +38,19 @@ def batch_of(loop):
 
 def poison(loop, steps):
     """The loss of the steps numbered in `steps` becomes infinite."""
-    compute = loop.diffusion.training_losses
+    compute = loop.objective.losses
 
-    def training_losses(*args):
+    def losses(*args):
         terms = compute(*args)
-        return {name: value * math.inf for name, value in terms.items()} if loop.step in steps else terms
+        return {name: value * math.inf for name, value in terms.items()} if loop.state.step in steps else terms
 
-    loop.diffusion.training_losses = training_losses
+    loop.objective.losses = losses
 
 
 def snapshot(loop):
-    ema = {f"{rate}/{i}": tensor.clone() for rate, tensors in loop.emas.items() for i, tensor in enumerate(tensors)}
+    ema = {
+        f"{rate}/{i}": tensor.clone() for rate, tensors in loop.state.emas.items() for i, tensor in enumerate(tensors)
+    }
     return ema | {name: p.detach().clone() for name, p in loop.model.named_parameters()}
 
 
@@ -57,7 +59,7 @@ def test_gradient_of_microbatches_equals_that_of_the_batch(data, tmp_path):
     for microbatch in (-1, 1, 3):
         loop = make_loop(data, tmp_path, microbatch=microbatch)
         torch.nn.init.normal_(loop.model.out[2].weight)  # it starts at zero, and lets no gradient through
-        loop.optimizer.step = lambda: None
+        loop.state.optimizer.step = lambda: None
         loop.train_step(batch_of(loop))
         gradients.append({name: p.grad for name, p in loop.model.named_parameters()})
     largest = max(float(gradient.abs().max()) for gradient in gradients[0].values())
@@ -87,7 +89,7 @@ def test_half_and_resume_with_history_and_dropout(data, tmp_path):
     make_loop(data, tmp_path / "whole", max_steps=12, **options).run()
     make_loop(data, tmp_path / "half", max_steps=8, **options).run()
     loop = make_loop(data, tmp_path / "half", max_steps=12, **options)
-    assert (loop.schedule_sampler.counts >= 10).all()
+    assert (loop.state.schedule_sampler.counts >= 10).all()
     loop.run()
     assert differing(state_of(tmp_path / "whole", 12), state_of(tmp_path / "half", 12)) == []
 
@@ -95,7 +97,7 @@ def test_half_and_resume_with_history_and_dropout(data, tmp_path):
 def test_the_loss_scale_survives_a_restart(data, tmp_path):
     loop = make_loop(data, tmp_path, precision="fp16", val_images=0)
     loop.trainer.log_loss_scale = 12.5
-    loop.save()
+    loop.saving.save()
     assert make_loop(data, tmp_path, precision="fp16").trainer.log_loss_scale == 12.5
     assert not make_loop(data, tmp_path, precision="bf16").trainer.scaled
 
@@ -103,10 +105,10 @@ def test_the_loss_scale_survives_a_restart(data, tmp_path):
 def test_averages_keep_the_memory_layout_of_their_weights(data, six_steps):
     """Else the fused kernels would be slow at best."""
     loop = make_loop(data, six_steps)
-    for index, parameter in enumerate(loop.parameters):
+    for index, parameter in enumerate(loop.state.parameters):
         expected = parameter.stride()
-        assert all(ema[index].stride() == expected for ema in loop.emas.values())
-        assert loop.optimizer.state[parameter]["exp_avg"].stride() == expected
+        assert all(ema[index].stride() == expected for ema in loop.state.emas.values())
+        assert loop.state.optimizer.state[parameter]["exp_avg"].stride() == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -116,11 +118,11 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, precision):
     before = snapshot(loop)
     loop.train_step(batch_of(loop))
     assert differing(before, snapshot(loop)) == []
-    assert (loop.step, loop.bad_steps, len(loop.optimizer.state)) == (1, 1, 0)
+    assert (loop.state.step, loop.state.bad_steps, len(loop.state.optimizer.state)) == (1, 1, 0)
     loop.trainer.log_loss_scale = 6.0 if precision == "fp16" else 0.0  # the first scale, 2^20, would be skipped too
     loop.train_step(batch_of(loop))
     assert differing(before, snapshot(loop))
-    assert loop.bad_in_a_row == 0
+    assert loop.state.bad_in_a_row == 0
 
 
 def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
@@ -130,7 +132,7 @@ def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
         loop.run()
     assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 8).values())
     again = make_loop(data, tmp_path)
-    assert (again.bad_steps, again.bad_in_a_row) == (3, 2)  # of the checkpoint of step 8
+    assert (again.state.bad_steps, again.state.bad_in_a_row) == (3, 2)  # of the checkpoint of step 8
 
 
 def test_previews_do_not_change_the_training(data, six_steps, tmp_path):
@@ -143,7 +145,7 @@ def test_the_validation_loss_is_that_of_the_definition(data, tmp_path):
     loop = make_loop(data, tmp_path)
     torch.nn.init.normal_(loop.model.out[2].weight, std=0.01)
     before = copy.deepcopy(loop.model.state_dict())
-    loss = loop.validation.loss(loop.model, loop._named("0.9"))
+    loss = loop.validation.loss(loop.model, loop.state.ema("0.9"))
     # The EMA's last layer is zero: so is its prediction, and the error is the noise's mean square.
     noise = normals([stable_seed("validation", slot) for slot in range(2)], (3, 16, 16))
     assert loss == pytest.approx(float((noise**2).mean()), rel=1e-6)
@@ -154,9 +156,9 @@ def test_the_validation_loss_is_that_of_the_definition(data, tmp_path):
 def test_learning_rate_warms_up_and_anneals(data, tmp_path):
     loop = make_loop(data, tmp_path, lr=1.0, warmup_steps=4, lr_anneal_steps=20)
     rates = []
-    for loop.step in range(20):
+    for loop.state.step in range(20):
         loop._set_learning_rate()
-        rates.append(loop.optimizer.param_groups[0]["lr"])
+        rates.append(loop.state.optimizer.param_groups[0]["lr"])
     np.testing.assert_allclose(rates[:4], [0.25 * 1.0, 0.5 * 0.95, 0.75 * 0.9, 1.0 * 0.85])
     np.testing.assert_allclose(rates[4:], 1 - np.arange(4, 20) / 20)
     assert loop.last_step == 20
@@ -164,11 +166,11 @@ def test_learning_rate_warms_up_and_anneals(data, tmp_path):
 
 def test_ema_is_the_running_average(data, tmp_path):
     loop = make_loop(data, tmp_path)
-    expected = [p.detach().double() for p in loop.parameters]
+    expected = [p.detach().double() for p in loop.state.parameters]
     for _ in range(3):
         loop.train_step(batch_of(loop))
-        expected = [0.99 * e + 0.01 * p.detach().double() for e, p in zip(expected, loop.parameters, strict=True)]
-    for ema, reference in zip(loop.emas["0.99"], expected, strict=True):
+        expected = [0.99 * e + 0.01 * p.detach().double() for e, p in zip(expected, loop.state.parameters, strict=True)]
+    for ema, reference in zip(loop.state.emas["0.99"], expected, strict=True):
         torch.testing.assert_close(ema.double(), reference, rtol=1e-5, atol=1e-7)  # float32 against float64
 
 
@@ -177,14 +179,15 @@ def test_dropped_layouts_and_timesteps_follow_the_samples_position(data, tmp_pat
     seen = {}
     for batch_size in (4, 2):
         loop = make_loop(data, tmp_path, batch_size=batch_size)
-        compute, record = loop.diffusion.training_losses, []
+        compute, record = loop.objective.losses, []
 
-        def training_losses(network, x_start, t, kwargs, noise, compute=compute, record=record):
-            dropped = (kwargs["y"].ones == -1).all(dim=3).all(dim=2)[:, 0]
-            record += zip(t.tolist(), dropped.tolist(), noise.sum(dim=(1, 2, 3)).tolist(), strict=True)
-            return compute(network, x_start, t, kwargs, noise)
+        def losses(network, batch, draws, compute=compute, record=record):
+            dropped = (batch.layout.ones == -1).all(dim=3).all(dim=2)[:, 0]
+            noise = draws.noise.sum(dim=(1, 2, 3))
+            record += zip(draws.timesteps.tolist(), dropped.tolist(), noise.tolist(), strict=True)
+            return compute(network, batch, draws)
 
-        loop.diffusion.training_losses = training_losses
+        loop.objective.losses = losses
         batches = training_batches(loop.dataset, batch_size=batch_size, num_workers=0)
         while len(record) < 24:
             loop.train_step(next(batches))
@@ -230,7 +233,7 @@ def test_a_disk_that_fills_up_during_a_save_ends_the_run_with_the_old_set_whole(
     real = torch.save
 
     def save(content, file):
-        if loop.step == 4 and "exp_avg" in str(content)[:2000]:
+        if loop.state.step == 4 and "exp_avg" in str(content)[:2000]:
             raise OSError(28, "No space left on device")
         real(content, file)
 
@@ -243,10 +246,10 @@ def test_a_disk_that_fills_up_during_a_save_ends_the_run_with_the_old_set_whole(
 
 def test_fine_tuning_starts_from_the_weights_alone(data, six_steps, tmp_path):
     loop = make_loop(data, tmp_path, resume_checkpoint=str(six_steps / "model.pt"))
-    assert (loop.step, len(loop.optimizer.state)) == (0, 0)
+    assert (loop.state.step, len(loop.state.optimizer.state)) == (0, 0)
     weights = torch.load(six_steps / "model.pt", weights_only=True)
     assert differing(weights, dict(loop.model.state_dict())) == []
-    assert differing(weights, loop._named("0.99")) == []
+    assert differing(weights, loop.state.ema("0.99")) == []
 
 
 def test_a_run_that_was_killed_before_publishing_does_so_later(data, six_steps, tmp_path):
@@ -288,15 +291,13 @@ def test_a_bad_validation_file_is_found_before_the_first_step(data, tmp_path):
 
 
 def test_a_validation_or_preview_that_fails_loses_nothing(data, six_steps, tmp_path, monkeypatch):
-    from guided_diffusion import train_util
-
     def fail(*_, **__):
         raise torch.OutOfMemoryError("none is left")
 
     loop = make_loop(data, tmp_path, max_steps=6, save_interval=3, sample_interval=2)
     best = loop.validation._sum
-    monkeypatch.setattr(train_util, "preview_page", fail)
-    monkeypatch.setattr(loop.validation, "_sum", lambda *a: fail() if loop.step == 6 else best(*a))
+    monkeypatch.setattr(loop.previews, "page", fail)
+    monkeypatch.setattr(loop.validation, "_sum", lambda *a: fail() if loop.state.step == 6 else best(*a))
     loop.run()
     assert differing(state_of(tmp_path, 6), state_of(six_steps, 6)) == []
     said = (tmp_path / "log.txt").read_text()
@@ -311,11 +312,11 @@ def test_a_save_on_a_signal_writes_before_it_measures(data, tmp_path, monkeypatc
 
     def stopped_at_step_five(batch):
         step(batch)
-        if loop.step == 5:
+        if loop.state.step == 5:
             signal.raise_signal(signal.SIGTERM)
 
     def noted(*arguments):
-        seen.append((loop.step, (tmp_path / f"checkpoint{loop.step:06d}.json").exists()))
+        seen.append((loop.state.step, (tmp_path / f"checkpoint{loop.state.step:06d}.json").exists()))
         return measure(*arguments)
 
     monkeypatch.setattr(loop, "train_step", stopped_at_step_five)
@@ -336,12 +337,12 @@ def test_run_tells_whether_a_signal_left_steps_to_do(data, tmp_path, monkeypatch
 
     def stopped_at_step_two(batch):
         step(batch)
-        if loop.step == 2:
+        if loop.state.step == 2:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(loop, "train_step", stopped_at_step_two)
     assert loop.run() is finished
-    assert loop.step == 2 and told in (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert loop.state.step == 2 and told in (tmp_path / "log.txt").read_text().splitlines()[-1]
     assert store.newest_complete(str(tmp_path), print)["step"] == 2
 
 

@@ -17,9 +17,10 @@ from data_helpers import write_custom
 from guided_diffusion.dist_util import World
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.logger import Logger
-from guided_diffusion.script_util import create_model
+from guided_diffusion.objectives.denoising import Denoising
+from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.settings import DataConfig, DiffusionConfig, ModelConfig, TrainConfig
-from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.train_util import TrainLoop, prepare_training
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4
@@ -45,7 +46,9 @@ def make_data(folder: Path) -> Path:
     return write_custom(folder, {"train": 10, "val": 2}, size=(24, 20), classes=CLASSES)
 
 
-def make_loop(data: Path, logdir: Path, *, validation=True, model=None, diffusion=None, **training) -> TrainLoop:
+def make_loop(
+    data: Path, logdir: Path, *, validation=True, objective=None, model=None, diffusion=None, **training
+) -> TrainLoop:
     """A training loop in this process, single rank."""
     model_config = ModelConfig(**MODEL | (model or {}))
     diffusion_config = DiffusionConfig(**DIFFUSION | (diffusion or {}))
@@ -56,8 +59,9 @@ def make_loop(data: Path, logdir: Path, *, validation=True, model=None, diffusio
         skip_bad=config.skip_bad,
     )  # fmt: skip
     torch.manual_seed(config.seed)
-    return TrainLoop(
+    return prepare_training(
         model=create_model(model_config, diffusion_config.learn_sigma),
+        objective=objective or Denoising(create_gaussian_diffusion(diffusion_config)),
         diffusion_config=diffusion_config,
         dataset=open_dataset(split="train", seed=config.seed, **common),
         validation=open_dataset(split="val", **common) if validation else None,

@@ -1,4 +1,4 @@
-"""From where a training run starts: its own newest checkpoint, another run's, or new weights."""
+"""From where a training run starts: its own newest checkpoint, another run's, or new weights; and the reading of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import Any
 import torch
 
 from ..dist_util import World
+from ..fp16_util import PRECISIONS, MixedPrecisionTrainer
+from ..hosts.memory import keep_freed_memory
+from ..resample import create_schedule_sampler
+from ..settings import ConfigError, TrainConfig
+from ..unet import UNetModel
 from ..weights import store
+from .log_directory import LogDirectory
+from .optimizers import load_optimizer_state, make_optimizer, to_cpu
+from .state import TrainingState
 
 Log = Callable[[str], None]
 
@@ -43,7 +51,13 @@ class Start:
 
 
 def find_start(
-    logdir: str, resume_checkpoint: str, rates: Sequence[str], *, world_size: int, global_batch: int, log: Log
+    directory: LogDirectory,
+    resume_checkpoint: str,
+    rates: Sequence[str],
+    *,
+    world_size: int,
+    global_batch: int,
+    log: Log,
 ) -> Start:
     """The newest complete checkpoint of the log directory, else `resume_checkpoint`, else new weights; says which.
 
@@ -52,7 +66,7 @@ def find_start(
 
     :raises CheckpointError: nothing can be continued, but a new run would replace weights in the log directory.
     """
-    manifest = store.newest_complete(logdir, log)
+    logdir, manifest = directory.folder, directory.newest(log)
     if manifest is not None:
         step = manifest["step"]
         log(f"continuing this log directory's run at step {step}")
@@ -61,7 +75,7 @@ def find_start(
         if manifest["world_size"] != world_size:
             log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
         files = _files_beside(store.join(logdir, store.model_name(step)), step, rates, log)
-        base = (store.read_config(os.path.join(logdir, store.MODEL_NAME)) or {}).get("start", {})
+        base = directory.config().get("start", {})
         return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, base=base, **files)
     step = store.step_of(resume_checkpoint)
     if step is None or os.path.realpath(os.path.dirname(resume_checkpoint)) != os.path.realpath(logdir):
@@ -90,16 +104,16 @@ def find_start(
     return Start(step=step, samples_seen=seen, base=base, **_files_beside(resume_checkpoint, step, rates, log))
 
 
-def check_base(start: Start, resume_checkpoint: str) -> None:
-    """For a run that has nothing left to do.
+def check_base(base: dict[str, str], resume_checkpoint: str) -> None:
+    """For a run that has nothing left to do; `base` is what it began from.
 
     :raises CheckpointError: what it began from was trained further since, so that its weights are not what the command
         asks for (a fine-tuning, where the training before it got more steps).
     """
-    path = start.base.get("checkpoint")
+    path = base.get("checkpoint")
     if not path or path != resume_checkpoint or not store.exists(path):
         return
-    if store.file_hash(path) != start.base["sha256"]:
+    if store.file_hash(path) != base["sha256"]:
         raise store.CheckpointError(
             f"this run is finished, but {path} has changed since it began from it: give another --logdir to begin "
             "again, or leave --resume_checkpoint out to keep the run as it is"
@@ -118,9 +132,8 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
     return {"model": model, "emas": emas, "optimizer": optimizer}
 
 
-def changed_settings(logdir: str, now: dict[str, Any]) -> list[str]:
-    """Which settings differ from those that the run in `logdir` was saved with: "NAME BEFORE -> NOW"."""
-    saved = store.read_config(os.path.join(logdir, store.MODEL_NAME)) or {}
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Which settings of a run's config.json differ from those of now: "NAME BEFORE -> NOW"."""
     return [
         f"{name} {saved[group][name]!r} -> {value!r}"
         for group in ("data", "training", "model", "diffusion")
@@ -129,42 +142,106 @@ def changed_settings(logdir: str, now: dict[str, Any]) -> list[str]:
     ]
 
 
-def collect_sharded_state(optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Brings every rank's part of a ZeroRedundancyOptimizer's state to rank 0, for its `state_dict`. A collective.
+# -- reading ----------------------------------------------------------------------------------------------------------
 
-    In place of `consolidate_state_dict`, which sends each part to every GPU in one piece, and while packing it keeps
-    the interpreter from anything else: for minutes at the published size, in which the rank would pass for dead.
+
+def begin_training(
+    *,
+    model: UNetModel,
+    precision: str,
+    num_timesteps: int,
+    sizes: Sequence[tuple[int, int]],
+    config: TrainConfig,
+    directory: LogDirectory,
+    world: World,
+    log: Log,
+) -> TrainingState:
+    """Finds where to start and reads all that is there; the network goes to this rank's device. A collective.
+
+    Creates no file, so that a start which is refused leaves nothing behind.
+
+    :param model: with new weights, on the CPU. :param precision: a key of PRECISIONS.
+    :param num_timesteps: of the objective. :param sizes: (height, width) of the data sets.
+    :raises ConfigError: the network cannot take images of such a size.
+    :raises CheckpointError: what is there is damaged, or does not fit the network; or another run is using it.
     """
-    part = to_cpu(optimizer.optim.state_dict())
-    optimizer._all_state_dicts = world.collect_trees(part)
+    try:
+        for size in sizes:
+            model.check_size(*size)
+    except ValueError as error:
+        raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
+    rates = config.ema_rates()
+    ranks = dict(world_size=world.size, global_batch=config.batch_size * world.size)
+    start = world.on_main(lambda: find_start(directory, config.resume_checkpoint, rates, **ranks, log=log))
+    if precision == "fp16" and world.device.type == "cpu":
+        log("note: float16 is slow on a CPU; --precision bf16 or fp32 is better there")
+    model.dtype = PRECISIONS[precision]
+    if world.device.type == "cpu":
+        keep_freed_memory()
+        # Activations are channels-last here too. Weights are not: their gradients come in the default layout, and
+        # every one would have to be copied.
+        model = model.to(world.device)
+    else:
+        model = model.to(world.device, memory_format=torch.channels_last)
+    _load_weights(model, start, world)
+    emas = {rate: _load_average(model, rate, start, world) for rate in rates}
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(
+        parameters, lr=config.lr, weight_decay=config.weight_decay, shard=config.shard_optimizer, world=world
+    )
+    trainer = MixedPrecisionTrainer(
+        parameters,
+        optimizer,
+        precision=precision,
+        scale_growth=config.fp16_scale_growth,
+        max_grad_norm=config.max_grad_norm,
+    )
+    state = TrainingState(
+        model=model,
+        emas=emas,
+        optimizer=optimizer,
+        trainer=trainer,
+        schedule_sampler=create_schedule_sampler(config.schedule_sampler, num_timesteps),
+        base=start.base,
+        step=start.step,
+        samples_seen=start.samples_seen,
+        continues=start.continues,
+        saved_step=start.step if start.continues else None,
+    )
+    _load_optimizer(state, start, config, world)
+    return state
 
 
-def to_cpu(tree: Any) -> Any:
-    """Nested dicts and lists with their tensors copied to the CPU."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().cpu().contiguous()
-    if isinstance(tree, dict):
-        return {key: to_cpu(value) for key, value in tree.items()}
-    return [to_cpu(value) for value in tree] if isinstance(tree, list) else tree
+def _load_weights(model: UNetModel, start: Start, world: World) -> None:
+    weights = world.on_main(start.read_model)
+    if weights is not None:
+        store.load_state_into(model, weights, start.model)
+    elif world.size > 1:  # the seed gives every rank the same weights; make sure of it
+        model.load_state_dict(world.broadcast_tree(to_cpu(model.state_dict())))
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict`, with every average in the memory layout of its parameter.
+def _load_average(model: UNetModel, rate: str, start: Start, world: World) -> list[torch.Tensor]:
+    """In the memory layout of the weights; equal to them where there is no file."""
+    weights = world.on_main(lambda: start.read_ema(rate)) or model.state_dict()
+    return [
+        torch.empty_like(parameter, requires_grad=False).copy_(weights[name])
+        for name, parameter in model.named_parameters()
+    ]
 
-    The fused kernels read both as flat memory: with layouts that differ they would pair the wrong elements. Which
-    kernels are used stays as it was: a file of another program names none, and the default's would be slow.
-    """
-    kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, kept in zip(optimizer.param_groups, kernels, strict=True):
-        group.update(kept)
-    # ZeroRedundancyOptimizer keeps what it works with in an optimizer of its own, and a second copy beside it.
-    sharded = hasattr(optimizer, "optim")
-    if sharded:
-        optimizer.state.clear()
-    for parameter, values in (optimizer.optim if sharded else optimizer).state.items():
-        for name, value in values.items():
-            if value.shape == parameter.shape:
-                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
-            else:  # the step count
-                values[name] = value.to(parameter.device)
+
+def _load_optimizer(state: TrainingState, start: Start, config: TrainConfig, world: World) -> None:
+    saved = world.on_main(start.read_optimizer)
+    if saved is None:
+        return
+    rest = saved.pop("trainer", None)  # absent in checkpoints of other programs
+    try:
+        load_optimizer_state(state.optimizer, saved)
+    except (KeyError, ValueError) as error:
+        raise store.CheckpointError(
+            f"{start.optimizer} does not fit the network that the flags describe ({error}); "
+            "start from model.pt instead, which needs no optimizer"
+        ) from error
+    for group in state.optimizer.param_groups:  # the flag counts, not what it was when saved
+        group["weight_decay"] = config.weight_decay
+    if rest is not None:
+        state.load_rest(rest)

@@ -1,29 +1,22 @@
-"""What is looked at during training: the validation loss that decides the best EMA, and preview pages.
-
-Neither touches the training: both draw their noise from seeds of their own.
-"""
+"""The validation loss, which decides the best EMA. It draws its noise from seeds of its own: training is untouched."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from torch.func import functional_call
 
 from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
-from ..layouts.encode import to_network, to_uint8
-from ..sampling.loop import sample_loop
+from ..layouts.encode import to_network
+from ..objectives.objective import Batch, Draws, Objective
 from ..seeding import normals, stable_seed
-from .pictures import colorize, contact_sheet
 
 Weights = dict[str, torch.Tensor]
-PREVIEW_LAYOUTS = 4
-PREVIEW_SCALE = 1.5
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -37,13 +30,13 @@ class ValidationFailed(RuntimeError):
 
 
 class Validation:
-    """The denoising loss on a fixed set: the same images, timesteps and noise every time.
+    """What `objective` measures on a fixed set: the same images, timesteps and noise every time.
 
     Image i of n has timestep (i + 1/2) / n of the trajectory, so that all noise levels count. Ranks share the work.
     """
 
-    def __init__(self, dataset: LayoutDataset, diffusion: Any, world: World, *, images: int, batch_size: int):
-        self.dataset, self.diffusion, self.world = dataset, diffusion, world
+    def __init__(self, dataset: LayoutDataset, objective: Objective, world: World, *, images: int, batch_size: int):
+        self.dataset, self.objective, self.world = dataset, objective, world
         self.indices = spread(images, len(dataset))
         self.batch_size = batch_size
 
@@ -72,11 +65,11 @@ class Validation:
         """What the losses are measured on, in words: those with another measure do not compare."""
         names = hashlib.sha256("\n".join(self.dataset.names[i] for i in self.indices).encode()).hexdigest()
         height, width = self.dataset.shape
-        loss = ", variational bound" if self.diffusion.use_kl else ""
-        return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}{loss}"
+        text = f"{len(self.indices)} images of {height}x{width}, names {names[:12]}"
+        return ", ".join(part for part in (text, self.objective.measured_in_words) if part)
 
     def loss(self, model: torch.nn.Module, weights: Weights) -> float:
-        """The mean squared error of `model` with `weights` (the whole loss where it has no such part). A collective.
+        """The mean of the objective's measured term over all images, of `model` with `weights`. A collective.
 
         :raises ValidationFailed: on every rank, where one could not read or compute its part.
         """
@@ -95,15 +88,14 @@ class Validation:
         mine = list(range(len(self.indices)))[self.world.rank :: self.world.size]
         total = 0.0
         for slots, batch in self._batches(mine):
-            x_start, y = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
-            t = [(2 * slot + 1) * self.diffusion.num_timesteps // (2 * len(self.indices)) for slot in slots]
+            image, layout = to_network(batch, self.world.device, self.dataset.num_classes, model.dtype)
+            t = [(2 * slot + 1) * self.objective.num_timesteps // (2 * len(self.indices)) for slot in slots]
             # drawn on the CPU: a run that moves to another kind of device compares its losses
-            noise = normals([stable_seed("validation", slot) for slot in slots], x_start.shape[1:]).to(x_start.device)
+            noise = normals([stable_seed("validation", slot) for slot in slots], image.shape[1:]).to(image.device)
+            draws = Draws(torch.tensor(t, device=image.device), noise)
             with evaluating(model, weights) as network:
-                terms = self.diffusion.training_losses(
-                    network, x_start, torch.tensor(t, device=x_start.device), {"y": y}, noise
-                )
-            total += float(terms.get("mse", terms["loss"]).double().sum())
+                terms = self.objective.losses(network, Batch(image, layout), draws)
+            total += float(terms[self.objective.measured].double().sum())
         return total
 
     def _batches(self, slots: list[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -112,48 +104,32 @@ class Validation:
             yield slots[first * self.batch_size : (first + 1) * self.batch_size], batch
 
 
-class evaluating:
-    """Within it, a function that runs `model` with other weights, in evaluation mode, without gradients."""
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module, weights: Weights) -> Iterator[torch.nn.Module]:
+    """Within it, `model` has the tensors of `weights` in place of its parameters, is in evaluation mode, and makes no
+    gradients.
 
-    def __init__(self, model: torch.nn.Module, weights: Weights):
-        self.model, self.weights = model, weights
+    The modules hold other tensors for the time, and nothing is copied: the parameters, which the optimizer and
+    DistributedDataParallel know, are not touched, and stand in their places again afterwards, also after an error.
 
-    def __enter__(self) -> Callable[..., torch.Tensor]:
-        self.no_grad = torch.no_grad()
-        self.no_grad.__enter__()
-        self.model.eval()
-        return lambda x, t, **kwargs: functional_call(self.model, self.weights, (x, t), kwargs)
-
-    def __exit__(self, *error: Any) -> None:
-        self.model.train()
-        self.no_grad.__exit__(*error)
-
-
-def preview_page(
-    model: torch.nn.Module,
-    weights: Weights,
-    diffusion: Any,
-    dataset: LayoutDataset,
-    device: torch.device,
-    *,
-    s: float,
-    title: str,
-) -> np.ndarray:
-    """A page of layout, photograph and sample for a few layouts, uint8 [H, W, 3].
-
-    :param diffusion: over the few steps that a preview takes.
-    :param s: the guidance scale; 1 for a network that has not seen null layouts, whose answer to one means nothing.
+    :param weights: for every parameter a tensor, in its shape and memory layout.
+    :raises ValueError: other names or shapes than those of the parameters.
     """
-    indices = spread(PREVIEW_LAYOUTS, len(dataset))
-    batch = next(iter(sampling_batches(dataset, indices, len(indices))))
-    _, y = to_network(batch, device, dataset.num_classes, model.dtype)
-    noise = normals([stable_seed("preview", i) for i in indices], (3, *y.shape[2:])).to(device)
-    with evaluating(model, weights) as network:
-        for moment in sample_loop(diffusion, network, noise, sampler="dpmsolver++", model_kwargs={"y": y, "s": s}):
-            sample = moment.x
-    rows = []
-    for i, picture in enumerate(to_uint8(sample, dataset.spec.grey)):
-        photograph = batch["image"][i].permute(1, 2, 0).numpy() if "image" in batch else None
-        rows.append([colorize(batch["label"][i, 0].numpy(), dataset.spec.palette), photograph, picture])
-    page = contact_sheet(rows, column_titles=["layout", "photograph", "sample"], row_titles=batch["name"], title=title)
-    return np.asarray(page)
+    parameters = dict(model.named_parameters())
+    if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in weights.items()}:
+        raise ValueError("the weights to evaluate have other names or shapes than the network's parameters")
+    training = model.training
+    try:
+        _put(model, weights)
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        _put(model, parameters)
+        model.train(training)
+
+
+def _put(model: torch.nn.Module, weights: Weights) -> None:
+    for name, tensor in weights.items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = tensor  # setattr refuses a tensor that is no Parameter

@@ -189,14 +189,15 @@ def publish_set(
     return updated
 
 
-def add_losses(folder: str, step: int, rates: Sequence[str], losses: dict[str, float]) -> None:
-    """Puts validation losses into the manifest of a set that was saved without, and publishes it with them.
+def add_losses(folder: str, step: int, rates: Sequence[str], losses: dict[str, float]) -> list[str]:
+    """Puts validation losses into the manifest of a set that was saved without, and publishes it with them. Returns the
+    rates whose best was updated.
 
     :raises CheckpointError: see `publish_set`.
     """
     manifest = read_manifest(folder, step) | {"validation_loss": losses}
     write_json(os.path.join(folder, manifest_name(step)), manifest)
-    publish_set(folder, step, rates, losses, manifest.get("measure"))
+    return publish_set(folder, step, rates, losses, manifest.get("measure"))
 
 
 def file_hash(path: str) -> str:

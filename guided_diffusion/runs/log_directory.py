@@ -1,0 +1,93 @@
+"""A run's log directory: one process writes in it, and finds in it what it has written before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from ..weights import store
+
+
+class LogDirectory:
+    """The checkpoints of one run; used by rank 0 alone.
+
+    `newest` finds the last whole set, `write` adds one, `publish` gives it the names that others look for. Nothing is
+    created before `open`, so that a start which is refused leaves nothing behind.
+
+    :param keep: how many sets stay; 0: all.
+    """
+
+    def __init__(self, folder: str, keep: int = 0):
+        self.folder = folder
+        self.keep = keep
+        self._lock: IO[str] | None = None
+
+    def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The manifest of the newest whole set; None where there is none. Damaged ones are passed over with a warning.
+
+        :raises CheckpointError: another run is using the directory.
+        """
+        if os.path.isdir(self.folder):  # a run that is just saving its last step must not be read before it has
+            self._take()
+        return store.newest_complete(self.folder, warn)
+
+    def open(self) -> None:
+        """Makes the directory where it is missing, and removes what a killed run left half written.
+
+        :raises CheckpointError: another run is using it, or it cannot be written.
+        """
+        self._take()
+        with self.writing():
+            store.remove_leftovers(self.folder)
+
+    def write(
+        self, step: int, contents: dict[str, Callable[[], Any]], manifest: dict[str, Any], config: dict[str, Any]
+    ) -> None:
+        """Adds the set of `step`, whole or not at all, and config.json.
+
+        :param contents: file name -> function that makes what `torch.save` shall write; called one after the other.
+        :param manifest: what checkpoint{step}.json shall hold; `publish` reads `validation_loss` and `measure` there.
+        :raises CheckpointError: the disk is full, say; older sets are unharmed.
+        """
+        store.write_json(os.path.join(self.folder, store.CONFIG_NAME), config)
+        store.save_set(self.folder, step, contents, manifest)
+
+    def publish(self, step: int, rates: Sequence[str], late_losses: dict[str, float] | None = None) -> list[str]:
+        """Makes the set of `step` the latest, and of each EMA rate the best where its loss is. Returns the rates whose
+        best was updated. Doing it again changes nothing.
+
+        :param late_losses: validation losses that were measured after the set was written.
+        :raises CheckpointError: a file cannot be written; it is as it was.
+        """
+        if late_losses:
+            return store.add_losses(self.folder, step, rates, late_losses)
+        manifest = store.read_manifest(self.folder, step)
+        return store.publish_set(self.folder, step, rates, manifest["validation_loss"], manifest.get("measure"))
+
+    def prune(self, newest: int) -> None:
+        """Removes all sets but the last `keep` that end with step `newest`."""
+        store.prune(self.folder, self.keep, newest)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json holds; empty where there is none.
+
+        :raises CheckpointError: it is damaged.
+        """
+        return store.read_config(os.path.join(self.folder, store.MODEL_NAME)) or {}
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within it, a failure to write names the directory and the remedy. :raises CheckpointError: in its place."""
+        try:
+            yield
+        except OSError as error:
+            raise store.CheckpointError(
+                f"cannot write to the log directory {self.folder} ({error}): give another --logdir"
+            ) from error
+
+    def _take(self) -> None:
+        with self.writing():
+            os.makedirs(self.folder, exist_ok=True)
+            self._lock = self._lock or store.lock(self.folder)

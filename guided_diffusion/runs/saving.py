@@ -1,0 +1,95 @@
+"""Saving a training: when it opens its log directory, at every checkpoint, and what it tells of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..dist_util import World
+from ..logger import Logger
+from .log_directory import LogDirectory
+from .optimizers import gathered
+from .resume import changed_settings
+from .state import TrainingState
+from .validation import Validation, ValidationFailed
+
+
+class Saving:
+    """Writes checkpoints of `state` into `directory`, with the validation loss that decides the best averages.
+
+    :param validation: None: the latest averages count as the best.
+    :param record: the settings to save as config.json beside the checkpoints.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        directory: LogDirectory,
+        validation: Validation | None,
+        *,
+        world: World,
+        logger: Logger,
+        record: dict[str, Any],
+    ):
+        self.state, self.directory, self.validation = state, directory, validation
+        self.world, self.logger = world, logger
+        self.record = record | {"start": state.base}
+
+    def open(self) -> None:
+        """Everything that could be refused has been checked: from here on there are files. A collective.
+
+        :raises CheckpointError: the log directory cannot be written, or another run is using it.
+        """
+        self.world.on_main(self._open)
+
+    def _open(self) -> None:
+        self.directory.open()
+        with self.directory.writing():
+            self.logger.open(self.state.step)
+        if self.state.continues:  # the run may have been killed between writing the set and publishing it
+            if changes := changed_settings(self.directory.config(), self.record):
+                self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
+            self.directory.publish(self.state.step, list(self.state.emas))
+
+    def save(self, measure_first: bool = True) -> None:
+        """Writes this step's checkpoint set, model.pt and, where it is better, ema_{rate}_best.pt. A collective.
+
+        :param measure_first: False: the validation loss comes after the writing, as who sent a signal may not wait.
+        :raises CheckpointError: nothing that was there before is harmed.
+        """
+        losses = self._measure() if measure_first else {}
+        with gathered(self.state.optimizer, self.world):
+            self.world.on_main(lambda: self._write(losses))
+        self.state.saved_step = self.state.step
+        if not measure_first and (losses := self._measure()):
+            self.world.on_main(lambda: self.directory.publish(self.state.step, list(self.state.emas), losses))
+
+    def _measure(self) -> dict[str, float]:
+        """The validation loss by EMA rate; empty where there is nothing to measure on, or it failed. A collective."""
+        if self.validation is None:
+            return {}
+        state = self.state
+        try:
+            losses = {rate: self.validation.loss(state.model, state.ema(rate)) for rate in state.emas}
+        except ValidationFailed as error:
+            self.logger.log(f"warning: no validation loss of step {state.step}: {error}")
+            return {}
+        self.logger.row({"step": state.step} | {f"val_loss_{rate}": loss for rate, loss in losses.items()})
+        return losses
+
+    def _write(self, losses: dict[str, float]) -> None:
+        step = self.state.step
+        manifest = {
+            "samples_seen": self.state.samples_seen,
+            "world_size": self.world.size,
+            "validation_loss": losses,
+            "measure": self.validation.measure if self.validation is not None else None,
+        }
+        self.directory.write(step, self.state.contents(), manifest, self.record)
+        best = self.directory.publish(step, list(self.state.emas))
+        self.directory.prune(step)
+        figures = ", ".join(f"EMA {rate}: {loss:.5f}" for rate, loss in losses.items())
+        self.logger.log(
+            f"saved step {step} in {self.directory.folder}"
+            + (f"; validation loss of {figures}" if figures else "")
+            + (f"; new best: {', '.join(best)}" if best and losses else "")
+        )
