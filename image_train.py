@@ -11,6 +11,7 @@ import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
+from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.logger import Logger
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
@@ -29,6 +30,7 @@ from guided_diffusion.weights.store import CheckpointError, recorded_config
 
 def main() -> int:
     flags = parse_flags([DataConfig, TrainConfig, ModelConfig, DiffusionConfig], description=__doc__)
+    set_numerics()
     world = dist_util.setup()
     with dist_util.report_errors(
         world, (ConfigError, DataError, CheckpointError, TrainingDiverged, OSError, ImportError)
