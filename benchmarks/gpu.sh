@@ -3,11 +3,11 @@
 # CAMVID names its folder, CamVid from scratch (scripts/camvid.sh).
 # usage: [PARTS="tests sampling training"] bash benchmarks/gpu.sh [OUT]
 #   OUT     folder of figures and plots (default benchmarks/results)
-#   PARTS   what to run, where time is limited: tests sampling training compiled camvid (default: all)
+#   PARTS   what to run, where time is limited: tests sampling training variants camvid (default: all)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
-parts=${PARTS:-tests sampling training compiled camvid}
+parts=${PARTS:-tests sampling training variants camvid}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=()
@@ -19,9 +19,10 @@ for part in $parts; do
     # a batch, since of a single image it would measure how fast kernels are launched
     sampling) python benchmarks/sampling.py --device cuda --batch 8 --out "$out" ;;
     training) python benchmarks/training.py --device cuda --out "$out/training_cuda.json" ;;
-    compiled) python benchmarks/sampling.py --device cuda --batch 8 --compile --out "$out/compiled" ;;
+    # decides what is to be the default: compiled or not, as a CUDA graph or not, our group norm or PyTorch's
+    variants) python benchmarks/sampling.py --device cuda --variants 1,2,8 --out "$out" ;;
     camvid) [ -z "${CAMVID:-}" ] || VENV=none SIZE=gpu bash scripts/camvid.sh ;;
-    *) echo "error: no part $part; choose from tests sampling training compiled camvid" >&2; exit 2 ;;
+    *) echo "error: no part $part; choose from tests sampling training variants camvid" >&2; exit 2 ;;
   esac || failed+=("$part") # what comes after is worth having all the same
 done
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
