@@ -8,6 +8,7 @@ import os
 import sys
 
 from guided_diffusion import dist_util
+from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.runs.sampling_run import SampleRun, sampling_record
@@ -26,6 +27,7 @@ from guided_diffusion.weights import store
 def main() -> int:
     classes = [SampleConfig, DataConfig, ModelConfig, DiffusionConfig]
     flags = parse_flags(classes, description=__doc__)
+    set_numerics()
     world = dist_util.setup()
     with dist_util.report_errors(
         world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, store.CheckpointError)

@@ -12,6 +12,7 @@ import torch
 from guided_diffusion import dist_util
 from guided_diffusion.data.class_lists import CLASSES_KEY, class_record
 from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
+from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.logger import Logger
 from guided_diffusion.objectives.denoising import Denoising
 from guided_diffusion.runs.splits import open_splits
@@ -36,6 +37,7 @@ from guided_diffusion.weights.store import CheckpointError, recorded_config
 
 def main() -> int:
     flags = parse_flags([DataConfig, TrainConfig, ModelConfig, DiffusionConfig], description=__doc__)
+    set_numerics()
     world = dist_util.setup()
     with dist_util.report_errors(
         world, (ConfigError, DataError, CheckpointError, TrainingDiverged, OSError, ImportError)

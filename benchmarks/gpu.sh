@@ -3,20 +3,20 @@
 # CAMVID names its folder, CamVid from scratch (scripts/camvid.sh).
 # usage: [PARTS="tests sampling training"] bash benchmarks/gpu.sh [OUT]
 #   OUT     folder of figures and plots (default benchmarks/results)
-#   PARTS   what to run, where time is limited: tests sampling training compiled camvid (default: all)
+#   PARTS   what to run, where time is limited: tests sampling training variants camvid (default: all)
 camvid=${CAMVID:+$(realpath "$CAMVID" 2> /dev/null)}
 source "$(dirname "$0")/../scripts/common.sh"
 out=${1:-benchmarks/results}
-parts=${PARTS:-tests sampling training compiled camvid}
+parts=${PARTS:-tests sampling training variants camvid}
 for part in $parts; do # all that can be wrong is found before the first of them runs
   case $part in
-    tests | sampling | training | compiled) ;;
+    tests | sampling | training | variants) ;;
     camvid)
       [ -z "${CAMVID+set}" ] || [ -d "$camvid" ] || refuse "CAMVID is ${CAMVID:-empty}, no folder; name that of CamVid, or leave CAMVID unset"
       check_number RANKS 1
       check_number STEPS 24 24
       check_number SEED 0 ;;
-    *) refuse "PARTS has $part; choose from tests sampling training compiled camvid" ;;
+    *) refuse "PARTS has $part; choose from tests sampling training variants camvid" ;;
   esac
 done
 mkdir -p "$out"
@@ -30,7 +30,8 @@ for part in $parts; do
     # a batch, since of a single image it would measure how fast kernels are launched
     sampling) python benchmarks/sampling.py --device cuda --batch 8 --out "$out" ;;
     training) python benchmarks/training.py --device cuda --out "$out/training_cuda.json" ;;
-    compiled) python benchmarks/sampling.py --device cuda --batch 8 --compile --out "$out/compiled" ;;
+    # decides what is to be the default: compiled or not, as a CUDA graph or not, our group norm or PyTorch's
+    variants) python benchmarks/sampling.py --device cuda --variants 1,2,8 --out "$out" ;;
     camvid) [ -z "${CAMVID:-}" ] || VENV=none SIZE=gpu CAMVID=$camvid bash scripts/camvid.sh ;;
   esac || failed+=("$part") # what comes after is worth having all the same
 done

@@ -60,7 +60,8 @@ class SeparateSPADE(SPADEGroupNorm):
     """Two convolutions, and a resized layout, for every norm."""
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        hidden = self.mlp_shared(F.interpolate(layout.y, size=x.shape[2:], mode="nearest"))
+        y = layout.y[:, : self.mlp_shared[0].in_channels]  # without the zeros that a GPU's layout has in 16 bits
+        hidden = self.mlp_shared(F.interpolate(y, size=x.shape[2:], mode="nearest"))
         return self.param_free_norm(x) * (1 + self.mlp_gamma(hidden)) + self.mlp_beta(hidden)
 
 

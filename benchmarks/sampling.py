@@ -2,10 +2,14 @@
 
     python benchmarks/sampling.py                   128 px, 64 channels, 151 classes, batch 1: minutes on two CPU cores
     python benchmarks/sampling.py --device cuda     the published ADE20K network: 256 px, 256 channels
+    python benchmarks/sampling.py --device cuda --variants 1,2,8      its last row, in every way it could be run
 
 Each row adds one improvement. All are measured in rounds, one guided step of each in turn, so that a busy machine slows
 all alike; ratios compare medians. The share of the machine's peak is that of a large matrix product measured in the
 same rounds. Writes a table, JSON and a plot.
+
+With --variants, instead: the network with scale and shift kept, at those batch sizes, in 16 bits; compiled or not, as a
+CUDA graph or not, with our group norm and with PyTorch's. Each batch size's variants are measured in rounds likewise.
 """
 
 from __future__ import annotations
@@ -16,15 +20,17 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from norms import NORMS, use_norm
 from plain_training import ChannelsFirstUNet, EinsumAttention, SeparateSPADE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.layouts.encode import encode_label_map
 from guided_diffusion.layouts.spade import Layout, SPADEGroupNorm
 from guided_diffusion.pipeline import SDMPipeline
@@ -62,16 +68,28 @@ def make_network(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     return model
 
 
+def make_inputs(
+    config: ModelConfig, device: torch.device, batch: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels [N, 1, H, W] of large blocks, noise [N, 3, H, W] and timesteps [N]."""
+    size = config.image_size
+    generator = torch.Generator().manual_seed(1)
+    blocks = torch.randint(0, config.num_classes, (batch, 1, 16, 16), generator=generator).float()
+    label = torch.nn.functional.interpolate(blocks, size=(size, size)).long().to(device)
+    x = torch.randn(batch, 3, size, size, generator=generator).to(device)
+    return label, x, torch.full((batch,), 500, device=device)
+
+
+def denoise_both(network: UNetModel, x: torch.Tensor, t: torch.Tensor, layout: Layout, null: Layout) -> torch.Tensor:
+    """Both predictions of guidance, [2N, 6, H, W]."""
+    return torch.cat(network.denoise(x, t, layout, null))
+
+
 def guided_steps(
     config: ModelConfig, device: torch.device, precisions: list[str], batch: int, compiled: bool
 ) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]:
     """Row title -> (precision, one guided evaluation [2 * batch, 6, H, W])."""
-    size = config.image_size
-    generator = torch.Generator().manual_seed(1)
-    blocks = torch.randint(0, CLASSES, (batch, 1, 16, 16), generator=generator).float()
-    label = torch.nn.functional.interpolate(blocks, size=(size, size)).long().to(device)
-    x = torch.randn(batch, 3, size, size, generator=generator).to(device)
-    t = torch.full((batch,), 500, device=device)
+    label, x, t = make_inputs(config, device, batch)
     first = precisions[0]
     steps: dict[str, tuple[str, Callable[[], torch.Tensor]]] = {}
 
@@ -89,13 +107,10 @@ def guided_steps(
         first,
         lambda: ours(twice, t.repeat(2), y=both),
     )
-
-    def guided(network: UNetModel, layout: Layout, none: Layout) -> torch.Tensor:
-        return torch.cat(network.denoise(x, t, layout, none))
-
+    guided = functools.partial(denoise_both, x=x, t=t)
     steps["+ one encoder pass for both"] = (
         first,
-        lambda: guided(ours, ours.encode_layout(y), ours.encode_layout(null[:1])),
+        lambda: guided(ours, layout=ours.encode_layout(y), null=ours.encode_layout(null[:1])),
     )
     for precision in precisions:
         network = ours if precision == first else make_network(config, device, DTYPES[precision])
@@ -103,11 +118,14 @@ def guided_steps(
         kept = [network.encode_layout(part, keep=True) for part in (condition, torch.zeros_like(condition[:1]))]
         title = "+ scale and shift kept for all steps"
         title += "" if precision == first else f", {precision}"
-        steps[title] = (precision, lambda network=network, kept=kept: guided(network, *kept))
+        steps[title] = (precision, lambda network=network, kept=kept: guided(network, layout=kept[0], null=kept[1]))
         if compiled:
             fast = make_network(config, device, DTYPES[precision])
             fast.compile_prediction()
-            steps[f"{title}, compiled"] = (precision, lambda fast=fast, kept=kept: guided(fast, *kept))
+            steps[f"{title}, compiled"] = (
+                precision,
+                lambda fast=fast, kept=kept: guided(fast, layout=kept[0], null=kept[1]),
+            )
     return steps
 
 
@@ -141,9 +159,18 @@ def fast_attention_runs(device: torch.device, precision: str) -> bool:
     return True
 
 
+def machine(device: torch.device) -> dict:
+    """What figures depend on."""
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict:
-    device = torch.device(arguments.device)
-    size = arguments.size or ("published" if device.type == "cuda" else "cpu")
+    device, size = torch.device(arguments.device), arguments.size
     config = ModelConfig(**COMMON, **SIZES[size])
     precisions = ["float32", "bfloat16", "float16"] if device.type == "cuda" else ["float32", "bfloat16"]
     if size == "published":  # the target is against the plain way in fp16
@@ -189,10 +216,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     attention = {precision: fast_attention_runs(device, precision) for precision in precisions}
     pipeline = measure_pipeline(config, device, precisions, arguments.batch, plain)
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **machine(device),
         "size": {**COMMON, **SIZES[size]},
         "batch": arguments.batch,
         "rounds": arguments.rounds,
@@ -201,6 +225,97 @@ def measure(arguments: argparse.Namespace) -> dict:
         "rows": rows,
         "solvers": pipeline,
     }
+
+
+def captured(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`step` as a CUDA graph: all its kernels launched as one, on the memory on which they were recorded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled, timed or set up at first use must not be recorded
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def step_variants(
+    config: ModelConfig, device: torch.device, precision: str, batch: int
+) -> Iterator[tuple[str, str, Callable[[], Callable[[], torch.Tensor]]]]:
+    """(norm, way, what makes the guided step) for either group norm, compiled and not, as a CUDA graph and not."""
+    label, x, t = make_inputs(config, device, batch)
+    y = encode_label_map(label, None, config.num_classes, DTYPES[precision])
+    for name, norm in NORMS.items():
+        network = make_network(config, device, DTYPES[precision])
+        use_norm(network, norm)
+        layout, null = (network.encode_layout(part, keep=True) for part in (y, torch.zeros_like(y[:1])))
+        compiled = make_network(config, device, DTYPES[precision])
+        use_norm(compiled, norm)
+        compiled.compile_prediction(dynamic=False)
+        for way, chosen in (("eager", network), ("compiled", compiled)):
+            step = functools.partial(denoise_both, chosen, x, t, layout, null)
+            yield name, way, lambda step=step: step
+            if device.type == "cuda":
+                yield name, f"{way}, CUDA graph", lambda step=step: captured(step)
+
+
+def measure_variants(
+    config: ModelConfig, device: torch.device, precision: str, batches: list[int], rounds: int
+) -> list[dict]:
+    """A row for each batch size and variant; one that fails is left out, and says why."""
+    rows = []
+    for batch in batches:
+        torch.compiler.reset()
+        steps, first = {}, None
+        seconds: dict[tuple[str, str], list[float]] = {}
+        with torch.inference_mode():
+            for norm, way, make in step_variants(config, device, precision, batch):
+                try:
+                    step = make()
+                    output = step().clone()
+                except RuntimeError as error:
+                    print(f"batch {batch}, {norm}, {way}: failed: {type(error).__name__}: {error}")
+                    continue
+                first = output if first is None else first
+                difference = float((output - first).abs().max() / first.abs().max())
+                steps[norm, way], seconds[norm, way] = (step, difference), []
+            for _ in tqdm(range(rounds), desc=f"measuring batch {batch}", unit="round"):
+                for key, (step, _) in steps.items():
+                    seconds[key].append(synchronized(device, step))
+        rows += [
+            {
+                "batch": batch,
+                "norm": norm,
+                "way": way,
+                "precision": precision,
+                "seconds_per_image": statistics.median(seconds[norm, way]) / batch,
+                "relative_difference": difference,
+                "all_seconds": seconds[norm, way],
+            }
+            for (norm, way), (_, difference) in steps.items()
+        ]
+        del steps, step  # what they keep would count as taken memory
+    return rows
+
+
+def variants_table(rows: list[dict]) -> str:
+    """Speeds in units of the first row of its batch size."""
+    lines = ["| batch | norm | | speed | s / image and guided step | difference |", "|---|---|---|---|---|---|"]
+    slowest = {}
+    for row in rows:
+        first = slowest.setdefault(row["batch"], row["seconds_per_image"])
+        lines.append(
+            f"| {row['batch']} | {row['norm']} | {row['way']} | **{first / row['seconds_per_image']:.2f}** | "
+            f"{row['seconds_per_image']:.4f} | {row['relative_difference']:.0e} |"
+        )
+    return "\n".join(lines)
 
 
 def measure_pipeline(
@@ -280,10 +395,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile")
+    parser.add_argument("--variants", metavar="BATCHES", help="as 1,2,8: the ways of running the last row, instead")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for JSON and plot")
     arguments = parser.parse_args()
-    result = measure(arguments)
+    set_numerics()
+    device = torch.device(arguments.device)
+    arguments.size = arguments.size or ("published" if device.type == "cuda" else "cpu")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.variants:
+        config = ModelConfig(**COMMON, **SIZES[arguments.size])
+        precision = "float16" if device.type == "cuda" else "bfloat16"
+        batches = [int(batch) for batch in arguments.variants.split(",")]
+        rows = measure_variants(config, device, precision, batches, arguments.rounds)
+        result = {**machine(device), "rounds": arguments.rounds, "rows": rows}
+        path = arguments.out / f"sampling_variants_{arguments.device}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        return print(variants_table(rows))
+    result = measure(arguments)
     stem = arguments.out / f"sampling_{arguments.device}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, stem.with_suffix(".png"))

@@ -35,6 +35,8 @@ from PIL import Image
 from plain_training import IMPROVEMENTS, PlainTraining
 from tqdm import tqdm
 
+from guided_diffusion.hosts.numerics import set_numerics
+
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 151
 SIZES = {
@@ -364,6 +366,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+    set_numerics()
     if args.alone:
         return serve(args.alone, args)
     side = SIZES[args.size]["image_size"]

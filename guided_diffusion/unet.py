@@ -67,6 +67,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
+        self.dropout = dropout
         self.spade = layout_channels is not None
         convolution = Conv2d(channels, out_channels, 3, padding=1)
         last = zero_module(Conv2d(out_channels, out_channels, 3, padding=1))
@@ -90,7 +91,8 @@ class ResBlock(nn.Module):
     def forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Modulation | None = None) -> torch.Tensor:
         """x [N, C, h, w], emb [N, E] -> [N, C', h', w']."""
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, layout, use_reentrant=False)
+            rng = self.dropout > 0  # what is recomputed must drop the same again
+            return checkpoint(self._forward, x, emb, layout, use_reentrant=False, preserve_rng_state=rng)
         return self._forward(x, emb, layout)
 
     def _forward(self, x: torch.Tensor, emb: torch.Tensor, layout: Modulation | None) -> torch.Tensor:
@@ -133,7 +135,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, h, w] -> the same."""
         if self.use_checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False)
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x)
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,9 @@
 """What the benchmarks compare with computes the same as the engine; what they count; what they say when it fails."""
 
 import argparse
+import dataclasses
+import functools
+import json
 import sys
 from pathlib import Path
 
@@ -55,3 +58,36 @@ def test_a_variant_that_fails_says_why(tmp_path):
     args = argparse.Namespace(device="cpu", size="cpu", batch_size=1, threads=1)
     with pytest.raises(RuntimeError, match=r"^nonsense ended with status 1: (.|\n)*'nonsense'"):
         training.Variant("nonsense", args, tmp_path / "data")
+
+
+def test_the_variants_of_a_step(monkeypatch, tmp_path, capsys):
+    """All are measured, and compute the same; one that fails is left out. A GPU's graphs are stood in for."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    variants = sampling.step_variants
+
+    def also_as_graphs(config, device, *rest):
+        for norm, way, make in variants(config, device, *rest):
+            yield norm, way, make
+            yield norm, f"{way}, CUDA graph", make
+
+        def fail():
+            raise RuntimeError("cannot be captured")
+
+        yield "another norm", "eager", fail
+
+    monkeypatch.setattr(sampling, "step_variants", also_as_graphs)
+    monkeypatch.setattr(sampling, "COMMON", {})
+    monkeypatch.setattr(sampling, "SIZES", {"cpu": dataclasses.asdict(CONFIG)})
+    monkeypatch.setattr(sampling, "set_numerics", lambda: None)  # it would hold for the tests that follow
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "--variants", "1,2", "--rounds", "2", "--out", str(tmp_path)])
+    sampling.main()
+    rows = json.loads((tmp_path / "sampling_variants_cpu.json").read_text())["rows"]
+    ways = [f"{way}{graph}" for way in ("eager", "compiled") for graph in ("", ", CUDA graph")]
+    assert [(row["batch"], row["norm"], row["way"]) for row in rows] == [
+        (batch, norm, way) for batch in (1, 2) for norm in ("our group norm", "PyTorch's group norm") for way in ways
+    ]
+    assert all(len(row["all_seconds"]) == 2 and row["relative_difference"] < 0.05 for row in rows)  # bfloat16
+    assert any(row["relative_difference"] > 0 for row in rows), "the two norms round differently"
+    said = capsys.readouterr().out
+    assert "| 2 | our group norm | eager | **1.00** |" in said
+    assert said.count("another norm, eager: failed: RuntimeError: cannot be captured") == 2

@@ -9,6 +9,7 @@ from data_helpers import write_custom
 from golden_helpers import CASES, golden_case, normal
 from sampling_helpers import MODEL, run, save_checkpoint
 
+from guided_diffusion.nn import GroupNorm
 from guided_diffusion.pipeline import SDMPipeline
 
 pytestmark = [
@@ -37,6 +38,28 @@ def test_golden_numbers(case, dtype, tolerance):
         both = torch.cat(model.denoise(x, T.cuda(), layout, null))
     assert np.abs(output.cpu().numpy() - golden["output"]).max() < tolerance
     assert np.abs(both[2:].cpu().numpy() - golden["output_unconditional"]).max() < tolerance
+
+
+@pytest.mark.parametrize("dtype,half_step", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8), (torch.float32, 2**-24)])
+def test_a_norm_rounds_and_makes_nothing_but_its_result(dtype, half_step):
+    """Against float64; the memory that it takes at most, by what the allocator has seen; gradients likewise."""
+    x = 6 + 1.5 * normal("x", (2, 256, 64, 64)).cuda()
+    x = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+    norm, grad = GroupNorm(32, 256).cuda(), normal("grad", (2, 256, 64, 64)).to("cuda", dtype)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = norm(x)
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * x.nbytes
+    wide = x.detach().double().requires_grad_()
+    exact = torch.nn.functional.group_norm(wide, 32)
+    pairs = [
+        (y, exact),
+        *zip(torch.autograd.grad(y, x, grad), torch.autograd.grad(exact, wide, grad.double()), strict=True),
+    ]
+    for value, true in pairs:
+        assert value.dtype == dtype and value.is_contiguous(memory_format=torch.channels_last)
+        assert bool(((value - true).abs() <= (1.01 * half_step + 5e-5) * true.abs() + 5e-5).all())  # sums of 32768
 
 
 @pytest.mark.parametrize("sampler,steps", [("ddpm", 20), ("ddim", 10), ("dpmsolver++", 10)])

@@ -7,7 +7,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion.layouts.encode import drop_layouts, encode_label_map
 from guided_diffusion.layouts.spade import Layout, LayoutPair
-from guided_diffusion.nn import GroupNorm
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings import ConfigError
 from guided_diffusion.unet import AttentionBlock
@@ -129,13 +128,3 @@ def test_dropped_layouts_are_all_zero():
     y = torch.ones(3, 4, 2, 2)
     dropped = drop_layouts(y, torch.tensor([False, True, False]))
     assert dropped.flatten(1).sum(1).tolist() == [16, 0, 16]
-
-
-def test_features_stay_channels_last_where_a_norm_answers_in_the_default_layout(monkeypatch):
-    """As CUDA's group norm of some PyTorch versions does."""
-    of_torch = torch.nn.functional.group_norm
-    monkeypatch.setattr(torch.nn.functional, "group_norm", lambda *args: of_torch(*args).contiguous())
-    norm = GroupNorm(4, 8)
-    x = torch.randn(2, 8, 6, 5)
-    assert torch.equal(norm(x), of_torch(x, 4, norm.weight, norm.bias)) and norm(x).is_contiguous()
-    assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
