@@ -274,6 +274,7 @@ class UNetModel(nn.Module):
         )
         for index, norm in enumerate(self.spade_norms()):
             norm.index = index
+        self.layout_downsamplings = sorted({norm.downsampling for norm in self.spade_norms()})
 
     def spade_norms(self) -> Iterator[SPADEGroupNorm]:
         """Every SPADE norm, in the order of the network."""
@@ -349,6 +350,7 @@ class UNetModel(nn.Module):
             if y.shape[2:] != x.shape[2:]:
                 raise ValueError(f"layout {list(y.shape)} and image {list(x.shape)} differ in size")
             y = Layout(y.to(self.dtype, memory_format=torch.channels_last))
+        y.prepare([(x.shape[2] // factor, x.shape[3] // factor) for factor in self.layout_downsamplings])
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
         h = x.to(self.dtype, memory_format=torch.channels_last)
         skips = []

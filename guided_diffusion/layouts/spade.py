@@ -24,6 +24,13 @@ class Modulation(Protocol):
 
     passes: int
 
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Makes ready for the (height, width) of every norm, before the first one asks.
+
+        What is recomputed in a backward pass may then only read: the compiler breaks its graph at a block that changes
+        an object from outside, as by remembering a resized map.
+        """
+
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
         """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout."""
 
@@ -43,6 +50,12 @@ class Layout:
         self.keep = keep
         self._resized: dict[tuple[int, ...], torch.Tensor] = {}
         self._modulations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Resizes the map; where modulations are kept, nothing reads it any more."""
+        if not self.keep:
+            for size in sizes:
+                self.resized(size)
 
     def resized(self, size: Sequence[int]) -> torch.Tensor:
         """The layout at (height, width) `size`, by nearest neighbour."""
@@ -89,6 +102,10 @@ class GuidedLayout:
     def __init__(self, conditional: Layout, null: Layout):
         self.conditional = conditional
         self.null = null
+
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        self.conditional.prepare(sizes)
+        self.null.prepare(sizes)
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor) -> torch.Tensor:
         conditional, null = x.chunk(2)
