@@ -23,7 +23,6 @@ from sampling import COMMON, SIZES
 
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.layouts.encode import to_network
-from guided_diffusion.layouts.spade import GuidedLayout
 from guided_diffusion.nn import GroupNorm
 from guided_diffusion.pipeline import Sampling, SDMPipeline
 from guided_diffusion.script_util import create_model
@@ -97,7 +96,10 @@ def norm_inputs(guided: bool) -> list[tuple[torch.Size, int]]:
         if isinstance(module, GroupNorm):
             module.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0].shape, inputs[0].nbytes)))
     with torch.inference_mode():
-        model(x, t, y=GuidedLayout(model.encode_layout(y), model.encode_layout(y)) if guided else y)
+        if guided:
+            model.denoise(x, t, model.encode_layout(y, keep=True), model.encode_layout(y, keep=True))
+        else:
+            model(x, t, y=y)
     return seen
 
 

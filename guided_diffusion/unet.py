@@ -277,6 +277,7 @@ class UNetModel(nn.Module):
         )
         for index, norm in enumerate(self.spade_norms()):
             norm.index = index
+        self.layout_downsamplings = sorted({norm.downsampling for norm in self.spade_norms()})
 
     def spade_norms(self) -> Iterator[SPADEGroupNorm]:
         """Every SPADE norm, in the order of the network."""
@@ -361,6 +362,7 @@ class UNetModel(nn.Module):
 
     def _predict(self, x: torch.Tensor, timesteps: torch.Tensor, layout: Modulation, passes: int = 1) -> torch.Tensor:
         """float32 [passes * N, out_channels, H, W]; `layout` is for as large a batch."""
+        layout.prepare([(x.shape[2] // factor, x.shape[3] // factor) for factor in self.layout_downsamplings])
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))
         h = x.to(self.dtype, memory_format=torch.channels_last)
         skips = []

@@ -154,6 +154,11 @@ class LabelLayout:
         self.channels, self.dtype = num_classes + len(ones) - 1, dtype
         self._maps: dict[tuple[int, ...], _Map] = {}
 
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Numbers the neighbourhoods of every size."""
+        for size in sizes:
+            self.at(size)
+
     def at(self, size: Sequence[int]) -> _Map:
         """The layout at (height, width) `size`, by nearest neighbour."""
         size = tuple(size)

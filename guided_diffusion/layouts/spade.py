@@ -23,6 +23,13 @@ TENSOR_CORE_CHANNELS = 8  # a GPU's 16-bit convolutions are fast where both chan
 class Modulation(Protocol):
     """An encoded layout: all that the network asks of one."""
 
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Makes ready for the (height, width) of every norm, before the first one asks.
+
+        What is recomputed in a backward pass may then only read: the compiler breaks its graph at a block that changes
+        an object from outside, as by remembering a resized map.
+        """
+
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, C, h, w], already normalized, scaled and shifted for each pixel by the layout; written into `out`
         where that is given (in inference only)."""
@@ -52,6 +59,12 @@ class Layout:
         self.y = pad_channels(y)
         self._resized: dict[tuple[int, ...], torch.Tensor] = {}
         self._modulations: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Resizes the map; where modulations are kept, nothing reads it any more."""
+        if not self._modulations:
+            for size in sizes:
+                self.resized(size)
 
     def resized(self, size: Sequence[int]) -> torch.Tensor:
         """The layout at (height, width) `size`, by nearest neighbour."""
@@ -99,6 +112,10 @@ class LayoutPair:
 
     def __init__(self, first: Modulation, second: Modulation):
         self.first, self.second = first, second
+
+    def prepare(self, sizes: Sequence[tuple[int, int]]) -> None:
+        self.first.prepare(sizes)
+        self.second.prepare(sizes)
 
     def modulate(self, norm: SPADEGroupNorm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """x [2N, C, h, w], already normalized; each half is scaled and shifted by its own layout."""
