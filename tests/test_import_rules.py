@@ -34,8 +34,8 @@ ALLOWED = {
         "weights",
     },
     "runs": {
-        "data", "dist_util", "image_datasets", "layouts", "logger", "objectives", "pipeline", "sampling", "script_util",
-        "seeding", "settings", "unet", "weights",
+        "data", "dist_util", "fp16_util", "image_datasets", "layouts", "logger", "objectives", "pipeline", "sampling",
+        "script_util", "seeding", "settings", "unet", "weights",
     },
     "train_util": {
         "data", "dist_util", "fp16_util", "hosts", "image_datasets", "layouts", "logger", "nn", "objectives",
