@@ -24,7 +24,7 @@ from guided_diffusion.script_util import create_gaussian_diffusion, create_model
 from guided_diffusion.settings import ConfigError, DiffusionConfig, ModelConfig, PlanConfig, TrainConfig
 
 SIZE = 32
-NETWORK = MODEL | dict(image_size=SIZE, num_channels=64, attention_resolutions="16", resblock_updown=True)
+NETWORK = MODEL | dict(image_size=SIZE, attention_resolutions="16", resblock_updown=True)
 SHARE = 0.1  # of what is measured: the promise of docs/memory.md. Found on a CPU: 0.0005 to 0.03
 
 
@@ -80,7 +80,9 @@ def test_a_training_takes_what_is_counted(precision, recompute, look_up, microba
     measured = allocated(events(prof))
     assert len(loop.optimizer.state) == len(loop.parameters)
     images = loop.microbatch
-    batches = tuple({name: batch[name][:n] for name in ("image", "label")} for n in (images, images - 1))
+    # Other numbers of images, where the rest follows from them; but which layouts repeat differs from image to image.
+    numbers = (4, 3) if look_up else (3, 4) if images == 2 else (2, 3)
+    batches = tuple({name: batch[name][:n] for name in ("image", "label")} for n in numbers)
     config = TrainConfig(**TRAINING | settings)
     counted = count_training(
         ModelConfig(**model), DiffusionConfig(**DIFFUSION), config, "cpu", batches, look_up=look_up
@@ -119,11 +121,10 @@ def test_kept_modulations_are_those_of_the_network(device):
     assert network.modulation_bytes(SIZE, SIZE) == sum(t.untyped_storage().nbytes() for t in storages.values())
 
 
-@pytest.mark.parametrize("device,recompute", [("cpu", False), ("cuda", True)])
-def test_other_batches_follow_from_two(device, recompute):
+def test_other_batches_follow_from_two():
     """What is told of a batch is what its own count says; several ranks have their gradients all the time."""
-    model = ModelConfig(**NETWORK | dict(use_checkpoint=recompute))
-    arguments = model, DiffusionConfig(**DIFFUSION), TrainConfig(**TRAINING, precision="bf16"), device
+    model = ModelConfig(**NETWORK | dict(use_checkpoint=True))
+    arguments = model, DiffusionConfig(**DIFFUSION), TrainConfig(**TRAINING, precision="bf16"), "cuda"
 
     def batches(*counts):
         return tuple(blank_batch(n, (SIZE, SIZE), CLASSES, False) for n in counts)
@@ -132,8 +133,8 @@ def test_other_batches_follow_from_two(device, recompute):
     seven = count_training(*arguments, batches(7, 8))
     assert two.total(7) == seven.total(7) == sum(seven.static.values()) + seven.passes.one.peak
     assert two.passes.operations(7) == seven.passes.one.operations and two.passes.kept(7) == seven.passes.one.kept
-    most = largest_batch(two.total, 2**30)
-    assert two.total(most) <= 2**30 < two.total(most + 1)
+    most = largest_batch(two.total, 2**28)
+    assert two.total(most) <= 2**28 < two.total(most + 1)
     assert largest_batch(two.total, sum(two.static.values())) == 0
     several = count_training(*arguments, batches(2, 3), ranks=2)
     assert two.total(7) < several.total(7) <= two.total(7) + two.static["weights"]
@@ -187,15 +188,15 @@ def test_operations_are_those_of_a_real_pass(device):
     assert 0.95 * total < sum(row.operations for row in rows) < total
     described = [(row.part, row.size, row.width, row.blocks, len(row.attention)) for row in rows]
     assert described == [
-        ("encoder", (32, 32), 64, 1, 0), ("encoder", (16, 16), 128, 2, 1), ("middle", (16, 16), 128, 2, 1),
-        ("decoder", (16, 16), 128, 2, 2), ("decoder", (32, 32), 64, 3, 0),
+        ("encoder", (32, 32), 32, 1, 0), ("encoder", (16, 16), 64, 2, 1), ("middle", (16, 16), 64, 2, 1),
+        ("decoder", (16, 16), 64, 2, 2), ("decoder", (32, 32), 32, 3, 0),
     ]  # fmt: skip
     if device == "meta":
         batches = tuple(blank_batch(n, (SIZE, SIZE), CLASSES, False) for n in (1, 2))
         config_ = TrainConfig(**TRAINING)
         counted = count_training(config, DiffusionConfig(**DIFFUSION), config_, "cuda", batches).passes
         # The fused kernel makes one of its products once more in the backward pass.
-        attention = 4 * 2 * 16**4 * 128
+        attention = 4 * 2 * 16**4 * 64
         assert counted.operations(1) == forward.get_total_flops() + attention
 
 
@@ -259,12 +260,14 @@ def test_a_plan_of_a_training_writes_nothing(data, tmp_path, monkeypatch, capsys
     loop.world.on_main(lambda: loop._lock and loop._lock.close())
     for logdir, step in ((tmp_path / "log", 1), (tmp_path / "new" / "log", 0)):
         before = contents(tmp_path), contents(data)
-        more = dict(dry_run=True, max_steps=11, peak_tflops=0.001, peak_share=0.5, memory_gib=1)
+        device = "cpu" if step else "gpu"
+        more = dict(dry_run=True, max_steps=11, peak_tflops=0.001, peak_share=0.5, memory_gib=1, plan_device=device)
         out, error = start(monkeypatch, capsys, "image_train.py", *training_flags(data, logdir, **more))
         assert not error and (contents(tmp_path), contents(data)) == before
         assert ("at step 1" if step else "from new weights") in out and f"for {11 - step} steps" in out
         assert "10 training images, 2 validation images; an epoch is 2.5 steps of 4" in out
-        assert "looked up" in out and "counted for a CPU" in out and "largest batch in 1 GiB" in out
+        assert f"counted for a {device.upper()}" in out and "largest batch in 1 GiB" in out
+        assert ("looked up" in out) == (device == "cpu")
         assert "not checked" not in out
 
 
@@ -294,7 +297,7 @@ def test_a_plan_of_a_sampling_writes_nothing(data, tmp_path, monkeypatch, capsys
         "--batch_size",
         2,
     ]
-    plan = [*arguments, "--dry_run", "True", "--memory_gib", "1"]
+    plan = [*arguments, "--dry_run", "True", "--memory_gib", "1", "--plan_device", "gpu"]
     before = contents(tmp_path)
     out, error = start(monkeypatch, capsys, "image_sample.py", *plan)
     assert not error and "2 to make, of 2" in out and contents(tmp_path) == before

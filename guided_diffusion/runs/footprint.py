@@ -44,6 +44,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # a question about a tensor
+            return result
         self.hold(result)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None and "attention" not in str(func):  # which of its kernels are known there varies
