@@ -11,6 +11,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
+from guided_diffusion.runs.plan_sampling import plan_sampling, pretended_pipeline
 from guided_diffusion.runs.sampling_run import SampleRun, sampling_record
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import build_config, given_of, parse_flags
@@ -19,22 +20,23 @@ from guided_diffusion.settings import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
+    PlanConfig,
     SampleConfig,
 )
 from guided_diffusion.weights import store
 
 
 def main() -> int:
-    classes = [SampleConfig, DataConfig, ModelConfig, DiffusionConfig]
-    flags = parse_flags(classes, description=__doc__)
+    flags = parse_flags([SampleConfig, DataConfig, ModelConfig, DiffusionConfig, PlanConfig], description=__doc__)
     set_numerics()
     world = dist_util.setup()
     with dist_util.report_errors(
         world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, store.CheckpointError)
     ):
         config = build_config(SampleConfig, flags)
-        config.check()
-        recorded = store.read_config(config.model_path)
+        plan = build_config(PlanConfig, flags)
+        config.check(needs_model=not plan.dry_run)
+        recorded = store.read_config(config.model_path) if config.model_path else None
         data = build_config(DataConfig, flags, recorded and recorded.get("data"), f"{store.CONFIG_NAME} beside it")
         sampling = config.sampling()
 
@@ -43,7 +45,7 @@ def main() -> int:
         log(world.describe())
         if config.s > 1 and recorded and recorded.get("training", {}).get("drop_rate") == 0:
             log(f"note: trained with drop_rate 0, so without null layouts: s {config.s:g} guides by noise; --s 1")
-        pipeline = SDMPipeline.from_checkpoint(
+        pipeline = (pretended_pipeline if plan.dry_run else SDMPipeline.from_checkpoint)(
             config.model_path,
             precision=config.precision,
             device=world.device,
@@ -52,6 +54,9 @@ def main() -> int:
             **given_of(flags, ModelConfig, DiffusionConfig),
         )
         pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here
+        planning = dict(config=config, sampling=sampling, data=data, world=world, log=log)
+        if plan.dry_run and not (config.model_path and (data.data_dir or config.labels_dir)):  # a plan does without
+            return plan_sampling(plan, pipeline, None, **planning)
         alone = config.labels_dir and "data_dir" not in flags and "dataset_mode" not in flags
         dataset = open_dataset(
             data_dir=data.data_dir,
@@ -73,7 +78,7 @@ def main() -> int:
         if dataset.has_instances == pipeline.model_config.no_instance:
             raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
         pipeline.model.check_size(*dataset.shape)
-        finished = SampleRun(
+        run = SampleRun(
             pipeline=pipeline,
             dataset=dataset,
             config=config,
@@ -82,7 +87,10 @@ def main() -> int:
             num_workers=data.num_workers,
             world=world,
             log=log,
-        ).run()
+        )
+        if plan.dry_run:
+            return plan_sampling(plan, pipeline, run, **planning)
+        finished = run.run()
     return 0 if finished else EXIT_UNFINISHED
 
 

@@ -15,6 +15,7 @@ from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.logger import Logger
 from guided_diffusion.objectives.denoising import Denoising
+from guided_diffusion.runs.plan_training import plan_training
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import (
@@ -29,6 +30,7 @@ from guided_diffusion.settings import (
     DataConfig,
     DiffusionConfig,
     ModelConfig,
+    PlanConfig,
     TrainConfig,
 )
 from guided_diffusion.train_util import TrainingDiverged, prepare_training
@@ -36,7 +38,7 @@ from guided_diffusion.weights.store import CheckpointError, recorded_config
 
 
 def main() -> int:
-    flags = parse_flags([DataConfig, TrainConfig, ModelConfig, DiffusionConfig], description=__doc__)
+    flags = parse_flags([DataConfig, TrainConfig, ModelConfig, DiffusionConfig, PlanConfig], description=__doc__)
     set_numerics()
     world = dist_util.setup()
     with dist_util.report_errors(
@@ -44,6 +46,7 @@ def main() -> int:
     ):
         data, config = build_config(DataConfig, flags), build_config(TrainConfig, flags)
         config.check()
+        plan = build_config(PlanConfig, flags)
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
         # Rank 0 reads for all: the other hosts need not see its log directory.
         recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))
@@ -52,10 +55,16 @@ def main() -> int:
         model_config, diffusion_config, config.precision = network_settings(
             flags, recorded, source, precision=config.precision, training=True
         )
-        dataset, validation = open_splits(data, config, model_config)
+        alone = plan.dry_run and not data.data_dir  # a plan can do without data
+        dataset, validation = (None, None) if alone else open_splits(data, config, model_config)
         logger = Logger(logdir, active=world.is_main, tensorboard=config.tensorboard)
         logger.log(f"log directory: {os.path.abspath(logdir)}")
         logger.log(world.describe())
+        if plan.dry_run:
+            return plan_training(
+                plan, config=config, model_config=model_config, diffusion_config=diffusion_config, data=data,
+                dataset=dataset, validation=validation, world=world, logdir=logdir, log=logger.log,
+            )  # fmt: skip
         torch.manual_seed(config.seed)
         model = create_model(model_config, diffusion_config.learn_sigma)
         settings = [("data", data), ("training", config), ("model", model_config), ("diffusion", diffusion_config)]

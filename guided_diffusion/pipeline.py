@@ -256,11 +256,11 @@ class SDMPipeline:
 
     # -- layouts ------------------------------------------------------------------------------------------------------
 
-    def keeping(self, layouts: int, height: int, width: int) -> Keeping:
+    def keeping(self, layouts: int, height: int, width: int, free: int | None = None) -> Keeping:
         """Whether the modulations of layouts of height x width (and of the null layout) are kept, up to `layouts` at a
-        time, by the memory that is free now. Fewer at a time rather than none."""
+        time, in `free` bytes: by default what is free now. Fewer at a time rather than none."""
         each = self.model.modulation_bytes(height, width)
-        free = free_memory(self.device) // self.sharing_memory
+        free = free_memory(self.device) // self.sharing_memory if free is None else free
         fit = int(MEMORY_SHARE * free) // each - 1  # one is the null layout
         keep = self.keep_modulations == "true" or (self.keep_modulations == "auto" and fit >= 1)
         at_once = max(1, min(layouts, fit)) if keep and self.keep_modulations == "auto" else layouts

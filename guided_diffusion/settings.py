@@ -279,16 +279,42 @@ class SampleConfig(Sampling):
         chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
         return Sampling(**chosen | {"sampler": self.sampler or ("ddim" if self.use_ddim else "ddpm")})
 
-    def check(self) -> None:
+    def check(self, needs_model: bool = True) -> None:
         """:raises ConfigError: a value out of its range."""
         self.sampling()
         if not self.results_path:
             raise ConfigError("results_path is empty; name a folder for the results")
-        if not self.model_path:
+        if needs_model and not self.model_path:
             raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
         for name in ("num_samples", "samples_per_layout", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+@dataclass
+class PlanConfig:
+    """A plan instead of a run: what it would take (docs/memory.md)."""
+
+    dry_run: bool = setting(False, "check everything and print what the run would take; write and train nothing")
+    memory_gib: float = setting(0.0, "plan for so many GiB per rank; 0: what is free on the device")
+    plan_device: str = setting("", "plan for a cpu or a gpu; empty: the device at hand")
+    plan_ranks: int = setting(0, "plan for so many ranks; 0: as many as were started")
+    peak_tflops: float = setting(0.0, "operations per second of one device, in 10^12; with peak_share, tells times")
+    peak_share: float = setting(0.0, "share of them that the run reaches, as 0.4")
+
+    def __post_init__(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        if self.plan_device not in ("", "cpu", "gpu"):
+            raise ConfigError(f"plan_device must be cpu or gpu (or empty); got {self.plan_device!r}")
+        for name in ("memory_gib", "plan_ranks", "peak_tflops"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if not 0 <= self.peak_share <= 1:
+            raise ConfigError(f"peak_share is a share, between 0 and 1; got {self.peak_share}")
+        if (self.peak_tflops > 0) != (self.peak_share > 0):
+            raise ConfigError(
+                f"peak_tflops is {self.peak_tflops:g} and peak_share {self.peak_share:g}: give both, or neither"
+            )
 
 
 # -- values -----------------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def make_loop(
     config = TrainConfig(**TRAINING | training)
     config.check()
     common = dict(
-        data_dir=str(data), dataset_mode="custom", image_size=16, num_classes=CLASSES, use_instances=False,
-        skip_bad=config.skip_bad,
+        data_dir=str(data), dataset_mode="custom", image_size=model_config.image_size, num_classes=CLASSES,
+        use_instances=False, skip_bad=config.skip_bad,
     )  # fmt: skip
     torch.manual_seed(config.seed)
     return prepare_training(

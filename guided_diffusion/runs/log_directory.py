@@ -17,11 +17,13 @@ class LogDirectory:
     created before `open`, so that a start which is refused leaves nothing behind.
 
     :param keep: how many sets stay; 0: all.
+    :param reads_only: it is looked at and no more, also where another run is using it.
     """
 
-    def __init__(self, folder: str, keep: int = 0):
+    def __init__(self, folder: str, keep: int = 0, reads_only: bool = False):
         self.folder = folder
         self.keep = keep
+        self.reads_only = reads_only
         self._lock: IO[str] | None = None
 
     def newest(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -29,7 +31,9 @@ class LogDirectory:
 
         :raises CheckpointError: another run is using the directory.
         """
-        if os.path.isdir(self.folder):  # a run that is just saving its last step must not be read before it has
+        if (
+            os.path.isdir(self.folder) and not self.reads_only
+        ):  # a run that is just saving its last step must not be read before it has
             self._take()
         return store.newest_complete(self.folder, warn)
 

@@ -113,6 +113,21 @@ class SampleRun:
         self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
         return True
 
+    def missing(self) -> tuple[int, int]:
+        """(images that `run` would make, images in all). Checks what `run` would check, and writes nothing.
+
+        :raises ConfigError, DataError, CheckpointError: as `run` does.
+        """
+        store.lock(self.folder, "results_path", look=True)
+        samples = [(layout, folder) for layout in range(self.layouts) for folder in self.sample_folders]
+        afresh, changed = self._check_record(), set(self._check_layouts())
+        missing = [
+            layout
+            for layout, folder in samples
+            if afresh or layout in changed or not os.path.exists(self._path(folder, self.dataset.names[layout]))
+        ]
+        return len(missing), len(samples)
+
     # -- before -------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> tuple[dict[int, list[int]], list[int]]:

@@ -226,26 +226,32 @@ def prune(folder: str, keep: int, newest: int) -> None:
                 os.remove(path)
 
 
-def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
+def lock(folder: str, flag: str = "logdir", look: bool = False) -> IO[str] | None:
     """Takes the folder for this process, as long as the returned file is open; None where locks are not to be had.
 
-    :param flag: which gives the folder.
+    :param flag: which gives the folder. :param look: only see whether another process has it; writes nothing.
     :raises CheckpointError: another process has it; the message names that process.
     """
     try:
         import fcntl
     except ImportError:
         return None
-    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 - it stays open
+    path = os.path.join(folder, ".lock")
+    if look and not os.path.exists(path):
+        return None
+    file = open(path, "r" if look else "a+", encoding="utf-8")  # noqa: SIM115 - it stays open
     try:
         # A record lock is the process's own: workers that outlive a killed run do not hold it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise CheckpointError(
             f"{folder} is in use by another run ({file.read().strip() or 'unknown'}): stop it, or give another --{flag}"
         ) from error
     except OSError:  # a file system without locks
+        return None
+    if look:
+        file.close()
         return None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
