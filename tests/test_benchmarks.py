@@ -15,6 +15,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import numerics  # noqa: E402
 import sampling  # noqa: E402
 import training  # noqa: E402
 
@@ -91,3 +92,17 @@ def test_the_variants_of_a_step(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| 2 | our group norm | eager | **1.00** |" in said
     assert said.count("another norm, eager: failed: RuntimeError: cannot be captured") == 2
+
+
+def test_the_published_networks_norms_are_counted():
+    """Where SPADE normalizes, and after it, guidance has two feature maps in place of one."""
+    published = numerics.ModelConfig(**sampling.COMMON, **sampling.SIZES["published"])
+    with torch.device("meta"):
+        model = sampling.create_model(published, learn_sigma=True)
+    spade = sum(isinstance(module, numerics.SPADEGroupNorm) for module in model.modules())
+    twice, once = numerics.norm_inputs(guided=True), numerics.norm_inputs(guided=False)
+    assert len(twice) == len(once) == 101
+    doubled = [b for (_, a), (_, b) in zip(twice, once, strict=True) if a == 2 * b]
+    same = [b for (_, a), (_, b) in zip(twice, once, strict=True) if a == b]
+    assert len(doubled) + len(same) == 101 and len(doubled) >= spade
+    assert once[0] == (torch.Size([1, 256, 256, 256]), 2 * 256**3), "the first is at full size, in 16 bits"

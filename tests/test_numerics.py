@@ -123,6 +123,17 @@ def test_on_a_cpu_the_norm_is_pytorchs():
         assert y.dtype == dtype and y.stride() == inputs[0].stride()
 
 
+@pytest.fixture
+def pretended_gpu():
+    """A device "cuda" on which nothing is computed; older PyTorch (2.6) needs a driver even for that."""
+    with FakeTensorMode():
+        try:
+            torch.empty(2, 8, 2, 2, device="cuda").to(torch.half, memory_format=torch.channels_last)
+        except RuntimeError as error:
+            pytest.skip(str(error).splitlines()[0])
+        yield
+
+
 class FeatureMaps(TorchDispatchMode):
     """Notes every tensor of at least `elements` that an operation makes, rather than views or writes into."""
 
@@ -141,24 +152,24 @@ class FeatureMaps(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", HALF_STEP)
-@pytest.mark.parametrize("training", [False, True])
-def test_on_a_gpu_a_norm_makes_no_feature_map_but_its_result(dtype, training):
-    """On a pretended device, which computes nothing."""
-    with FakeTensorMode():
-        x = torch.empty(2, 64, 9, 7, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
-        x.requires_grad_(training)
-        with torch.device("cuda"):
-            norm = GroupNorm(32, 64)
-        with FeatureMaps(x.numel()) as maps:
-            y = norm(x)
-        assert [m.dtype for m in maps.made] == [dtype]
-        assert y.device.type == "cuda" and y.is_contiguous(memory_format=torch.channels_last)
+@torch.no_grad()
+def test_on_a_gpu_a_norm_makes_no_feature_map_but_its_result(pretended_gpu, dtype):
+    x = torch.empty(2, 64, 9, 7, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
+    with torch.device("cuda"):
+        norm = GroupNorm(32, 64)
+    with FeatureMaps(x.numel()) as maps:
+        y = norm(x)
+    assert [m.dtype for m in maps.made] == [dtype]
+    assert y.device.type == "cuda" and y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_backward_makes_two_feature_maps():
-    """The products of x and the gradient, in float32, and the result; counted on the CPU."""
+def test_the_feature_maps_of_training():
+    """Forward its result; backward the products of x and the gradient, in float32, and the result. Counted on the CPU:
+    PyTorch 2.6 aborts at gradients of a pretended device."""
     inputs, grad = norm_case(SHAPES["maps"], torch.bfloat16)
-    y = group_norm(inputs[0], 32, *inputs[1:])
+    with FeatureMaps(grad.numel()) as maps:
+        y = group_norm(inputs[0], 32, *inputs[1:])
+    assert [m.dtype for m in maps.made] == [torch.bfloat16]
     with FeatureMaps(y.numel()) as maps:
         torch.autograd.grad(y, inputs, grad)
     assert [m.dtype for m in maps.made] == [torch.float32, torch.bfloat16]
@@ -209,14 +220,13 @@ def test_a_padded_layout_gives_equal_numbers(monkeypatch, dtype, tolerance):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", HALF_STEP)
-def test_layouts_are_padded_on_a_gpu_in_16_bits(device, dtype):
-    with FakeTensorMode():
-        y = torch.empty(2, 151, 8, 8, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-        layout = spade.Layout(y)
-        padded = device == "cuda" and dtype != torch.float32
-        assert layout.resized((4, 4)).shape[1] == (152 if padded else 151)
-        assert layout.y.is_contiguous(memory_format=torch.channels_last) and (padded or layout.y is y)
-        assert spade.Layout(y[:, :144]).y.shape[1] == 144
+def test_layouts_are_padded_on_a_gpu_in_16_bits(pretended_gpu, device, dtype):
+    y = torch.empty(2, 151, 8, 8, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    layout = spade.Layout(y)
+    padded = device == "cuda" and dtype != torch.float32
+    assert layout.resized((4, 4)).shape[1] == (152 if padded else 151)
+    assert layout.y.is_contiguous(memory_format=torch.channels_last) and (padded or layout.y is y)
+    assert spade.Layout(y[:, :144]).y.shape[1] == 144
 
 
 # -- random numbers of what is recomputed ----------------------------------------------------------------

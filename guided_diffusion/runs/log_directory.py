@@ -31,9 +31,8 @@ class LogDirectory:
 
         :raises CheckpointError: another run is using the directory.
         """
-        if (
-            os.path.isdir(self.folder) and not self.reads_only
-        ):  # a run that is just saving its last step must not be read before it has
+        # A run that is just saving its last step must not be read before it has.
+        if os.path.isdir(self.folder) and not self.reads_only:
             self._take()
         return store.newest_complete(self.folder, warn)
 

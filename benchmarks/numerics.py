@@ -1,32 +1,36 @@
-"""What it costs to round the group norms' mean and deviation to 16 bits, and to copy feature maps for them.
+"""What group norms cost where mean and deviation are rounded to 16 bits and feature maps copied; what padding gains.
 
-    python benchmarks/norm_rounding.py OUTPUT/quickstart     after scripts/quickstart.sh; minutes on one CPU core
+    python benchmarks/numerics.py OUTPUT/quickstart     after scripts/quickstart.sh; minutes on one CPU core
 
 PyTorch's CUDA kernel rounds both to its input's precision; here that is emulated on the CPU (`norms.rounding_norm`), on
 the quickstart's trained network, and compared with `nn.group_norm` and with float32: the network's output at several
 timesteps, and images of its default sampling. Then the feature maps that are copied from channels-last to the default
-layout and back, counted for the published ADE20K network without computing anything.
+layout and back, counted for the published ADE20K network without computing anything. Last, times on this CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from norms import NORMS, FloatSums, rounding_norm, use_norm
 from sampling import COMMON, SIZES
 
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.layouts.encode import to_network
+from guided_diffusion.layouts.spade import SPADEGroupNorm
 from guided_diffusion.nn import GroupNorm
-from guided_diffusion.pipeline import Sampling, SDMPipeline
+from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.script_util import create_model
-from guided_diffusion.settings import ModelConfig
+from guided_diffusion.settings import ModelConfig, Sampling
 
 TIMESTEPS = (50, 250, 500, 750, 950)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,18 +107,33 @@ def norm_inputs(guided: bool) -> list[tuple[torch.Size, int]]:
     return seen
 
 
-def cpu_ratio(dtype: torch.dtype, rounds: int = 15) -> float:
+def median_seconds(actions: list[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Of each action, all measured in rounds after one that does not count."""
+    seconds: list[list[float]] = [[] for _ in actions]
+    with torch.inference_mode():
+        for _, (action, taken) in itertools.product(range(rounds + 1), zip(actions, seconds, strict=True)):
+            since = time.perf_counter()
+            action()
+            taken.append(time.perf_counter() - since)
+    return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def norm_ratio(dtype: torch.dtype) -> float:
     """How many times as long our norm takes as PyTorch's on this CPU, of [2, 256, 64, 64], channels-last, without
     gradients."""
-    x = torch.randn(2, 256, 64, 64).to(dtype).to(memory_format=torch.channels_last)
-    norms = [norm(32, 256).to(dtype) for norm in NORMS.values()]
-    seconds: list[list[float]] = [[], []]
-    with torch.inference_mode():
-        for _, (norm, taken) in itertools.product(range(rounds), zip(norms, seconds, strict=True)):
-            since = time.perf_counter()
-            norm(x)
-            taken.append(time.perf_counter() - since)
-    return statistics.median(seconds[0][1:]) / statistics.median(seconds[1][1:])
+    x = torch.randn(2, 256, 64, 64).to(dtype, memory_format=torch.channels_last)
+    ours, of_torch = median_seconds([functools.partial(norm(32, 256).to(dtype), x) for norm in NORMS.values()])
+    return ours / of_torch
+
+
+def padding_ratio(dtype: torch.dtype, side: int) -> float:
+    """How many times as long SPADE's first convolution over 151 channels takes on this CPU as over 152, a map of zeros
+    more and weights that are padded each time."""
+    y = torch.randn(1, 151, side, side).to(dtype, memory_format=torch.channels_last)
+    norm = SPADEGroupNorm(256, 151, 1).to(dtype)
+    padded = F.pad(y, (0, 0, 0, 0, 0, 1))
+    plain, more = median_seconds([functools.partial(norm.hidden, layout) for layout in (y, padded)])
+    return plain / more
 
 
 def main() -> None:
@@ -129,7 +148,10 @@ def main() -> None:
         size = sum(count for _, count in inputs)
         print(f"{title}: {len(inputs)} norms of {size / 1e9:.2f} GB; each is copied twice by PyTorch's kernel")
     for name, dtype in {"fp32": torch.float32, **DTYPES}.items():
-        print(f"on this CPU, in {name}, our group norm takes {cpu_ratio(dtype):.1f} times as long as PyTorch's")
+        print(f"on this CPU, in {name}, our group norm takes {norm_ratio(dtype):.1f} times as long as PyTorch's")
+    for side in (128, 64, 16):
+        ratio = padding_ratio(torch.bfloat16, side)
+        print(f"on this CPU, in bf16, {side}x{side}: 152 layout channels are {ratio:.2f} times as fast as 151")
 
 
 if __name__ == "__main__":
