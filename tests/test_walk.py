@@ -163,27 +163,36 @@ def test_validation_and_preview(gpu, dataset, precision, monkeypatch):
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision,instances", [("fp32", False), ("fp16", False), ("fp16", True), ("bf16", False)])
-def test_images_from_layouts(gpu, precision, instances):
+SAMPLERS = [("ddpm", 1.5), ("ddim", 1.0), ("ddim", 1.5), ("dpmsolver++", 1.0), ("dpmsolver++", 1.5)]
+RUNS = [(keep, sampler, s) for keep in ("true", "false") for sampler, s in SAMPLERS]
+
+
+@pytest.mark.parametrize(
+    "precision,instances,runs",  # every second one: each sampler, kept and guided, and not kept and not guided
+    [("fp16", False, RUNS), ("fp16", True, RUNS[::2]), ("fp32", False, RUNS[::2]), ("bf16", False, RUNS[::2])],
+)
+def test_images_from_layouts(gpu, precision, instances, runs):
     config = dataclasses.replace(NETWORK, no_instance=not instances)
-    model = gpu.put(network(no_instance=not instances))
+    pipeline = SDMPipeline(
+        gpu.put(network(no_instance=not instances)), config, DIFFUSION, precision=precision, device="cuda"
+    )
     found = maps(gpu, instances=instances)
-    for keep in ("true", "false"):
-        pipeline = SDMPipeline(model, config, DIFFUSION, precision=precision, device="cuda", keep_modulations=keep)
-        for sampler, s in (("ddpm", 1.5), ("ddim", 1.0), ("ddim", 1.5), ("dpmsolver++", 1.0), ("dpmsolver++", 1.5)):
-            sampling = Sampling(
-                s=s,
-                sampler=sampler,
-                num_steps=2,
-                eta=0.5 if sampler == "ddim" else 0.0,
-                guidance_interval=(0.0, 0.5) if sampler == "ddpm" else (0.0, 1.0),
-                dynamic_threshold=0.99 if sampler == "dpmsolver++" else 0.0,
-            )
-            gpu.reads = 0
-            images = pipeline.generate(found["label"], found.get("instance"), seeds=[1, 2], sampling=sampling)
-            assert images.shape == (BATCH, HEIGHT, WIDTH, 3) and images.dtype == np.uint8
-            assert gpu.reads == 1  # the last check: whether all numbers are finite
-            check_convolutions(gpu, PRECISIONS[precision])
+    for keep, sampler, s in runs:
+        pipeline.keep_modulations = keep
+        sampling = Sampling(
+            s=s,
+            sampler=sampler,
+            num_steps=2,
+            eta=0.5 if sampler == "ddim" else 0.0,
+            guidance_interval=(0.0, 0.5) if sampler == "ddpm" else (0.0, 1.0),
+            dynamic_threshold=0.99 if sampler == "dpmsolver++" else 0.0,
+        )
+        gpu.reads = gpu.downloads = 0
+        images = pipeline.generate(found["label"], found.get("instance"), seeds=[1, 2], sampling=sampling)
+        assert images.shape == (BATCH, HEIGHT, WIDTH, 3) and images.dtype == np.uint8
+        assert gpu.reads == 1  # the last check: whether all numbers are finite
+        assert gpu.downloads == 1  # the pictures
+        check_convolutions(gpu, PRECISIONS[precision])
 
 
 def test_several_samples_of_one_layout_where_memory_decides(gpu):
