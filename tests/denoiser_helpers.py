@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from guided_diffusion.layouts.spade import GuidedLayout
+from guided_diffusion.layouts.spade import LayoutPair
 from guided_diffusion.script_util import create_model
 from guided_diffusion.settings import DiffusionConfig, ModelConfig
 from guided_diffusion.unet import UNetModel
@@ -40,14 +40,14 @@ def layout_of(model: UNetModel, y: torch.Tensor, kind: str) -> torch.Tensor | ob
     """The layout [N, L, H, W] as one of KINDS. Call it without gradients for those that are kept."""
     if kind == "tensor":
         return y
-    if kind == "kept":
-        return model.encode_layout(y)
-    if kind == "guided":
-        return model.guided_layout(y)
-    return GuidedLayout(model.encode_layout(y), model.encode_layout(torch.zeros_like(y[:1])))
+    layout = model.encode_layout(y, keep="kept" in kind)
+    if not kind.startswith("guided"):
+        return layout
+    return LayoutPair(layout, model.encode_layout(torch.zeros_like(y[:1]), keep="kept" in kind))
 
 
 def predictions(model: UNetModel, x: torch.Tensor, t: torch.Tensor, layout: object, kind: str) -> list[torch.Tensor]:
     """What the network says, float32 [N, C, H, W] each: of the layout and, where `kind` is guided, of the null one."""
-    output = model(x, t, y=layout)
-    return list(output.chunk(2)) if kind.startswith("guided") else [output]
+    if kind.startswith("guided"):
+        return list(model.denoise(x, t, layout.first, layout.second))
+    return [model(x, t, y=layout)]

@@ -27,10 +27,12 @@ from guided_diffusion.image_datasets import open_dataset, sampling_batches
 from guided_diffusion.layouts import encode
 from guided_diffusion.layouts.encode import encode_label_map, to_network
 from guided_diffusion.layouts.spade import SPADEGroupNorm
-from guided_diffusion.pipeline import Sampling, SDMPipeline
-from guided_diffusion.runs import validation
+from guided_diffusion.objectives.denoising import Denoising
+from guided_diffusion.pipeline import SDMPipeline
+from guided_diffusion.runs import previews, validation
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.seeding import normals
+from guided_diffusion.settings import Sampling
 
 pytestmark = needs_a_pretended_gpu
 BATCH = 2
@@ -144,17 +146,19 @@ def test_validation_and_preview(gpu, dataset, precision, monkeypatch):
             found = list(sampling_batches(dataset, indices, batch_size))
         return (gpu.put(batch) for batch in found)
 
-    monkeypatch.setattr(validation, "sampling_batches", batches)
+    for module in (validation, previews):
+        monkeypatch.setattr(module, "sampling_batches", batches)
     world = World()
     world.device = CUDA
     model = trained(gpu, precision)
     weights = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     diffusion = create_gaussian_diffusion(DIFFUSION)
-    measured = validation.Validation(dataset, diffusion, world, images=3, batch_size=2)
+    measured = validation.Validation(dataset, Denoising(diffusion), world, images=3, batch_size=2)
     assert measured._sum(model, weights) == 2.0  # one for each batch: a value that is read is 1
     assert gpu.reads == 2
-    few = create_gaussian_diffusion(DIFFUSION, num_steps=2)
-    page = validation.preview_page(model, weights, few, dataset, CUDA, s=1.5, title="walk")
+    few = dataclasses.replace(DIFFUSION, diffusion_steps=2, noise_schedule="cosine")
+    drawn = previews.Previews(few, dataset, "", guided=True, world=world, logger=None)
+    page = drawn.page(model, weights, "walk")
     assert page.dtype == np.uint8 and page.ndim == 3
     assert gpu.reads == 2  # none but its pixels
     check_convolutions(gpu, PRECISIONS[precision])
@@ -199,7 +203,7 @@ def test_several_samples_of_one_layout_where_memory_decides(gpu):
     pipeline = SDMPipeline(
         gpu.put(network()), NETWORK, DIFFUSION, precision="fp16", device="cuda", keep_modulations="auto", grey=True
     )
-    assert pipeline.keeps(1, HEIGHT, WIDTH)[0] and not pipeline.keeps(1, 1000 * HEIGHT, 1000 * WIDTH)[0]
+    assert pipeline.keeping(1, HEIGHT, WIDTH).keep and not pipeline.keeping(1, 1000 * HEIGHT, 1000 * WIDTH).keep
     sampling = Sampling(num_steps=2)
     images = pipeline.generate(maps(gpu, batch=1)["label"], None, seeds=[1, 2, 3], sampling=sampling)
     assert images.shape == (3, HEIGHT, WIDTH, 3)
@@ -278,6 +282,8 @@ def test_what_is_pretended_answers_as_the_cpu_does(precision):
     def answers(model, label, t, x):
         seen = []
         for name, module in model.named_modules():
+            if name.endswith("mlp_shared.0"):  # passed by on a GPU in 16 bits, where maps and weights are padded
+                continue
             module.register_forward_hook(
                 lambda module, given, out, name=name: seen.append(
                     (name, out.shape, out.dtype, out.is_contiguous(memory_format=torch.channels_last))
@@ -287,7 +293,7 @@ def test_what_is_pretended_answers_as_the_cpu_does(precision):
             )
         y = encode_label_map(label, None, CLASSES, model.dtype)
         with torch.inference_mode():
-            model(x, t, y=layout_of(model, y, "guided"))
+            predictions(model, x, t, layout_of(model, y, "guided"), "guided")
         return seen
 
     inputs = (
