@@ -350,8 +350,11 @@ def sampling_pass(
         kept, encoding = meter.alive - weights, meter.operations - begin
         x = torch.empty(images, 3, *maps["label"].shape[2:], device=pretence.device)
         t = torch.zeros(images, dtype=torch.int64, device=pretence.device)
+        # What a solver and the loop still hold of the step before: mean, variance, its logarithm, predicted image.
+        before = [torch.empty_like(x) for _ in range(4)]
         p_mean_variance(model, x, t, model_kwargs={"y": layout, "s": scale})
         timeline = [alive - weights for alive in meter.timeline]
+        del before
     return Pass(images, kept, timeline, encoding, meter.operations - begin)
 
 

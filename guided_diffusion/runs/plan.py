@@ -42,9 +42,9 @@ def tell_network(config: ModelConfig, diffusion: DiffusionConfig, size: Sequence
     for row in rows:
         attention = f"{len(row.attention)} x {row.attention[0]}" if row.attention else "-"
         shape = (f"{row.size[0]}x{row.size[1]}", str(row.width), str(row.blocks), attention)
-        lines.append((row.part, *shape, f"{row.parameters / 1e6:.1f}", f"{row.operations / 1e12:.3f}"))
+        lines.append((row.part, *shape, f"{row.parameters / 1e6:.3g}", f"{row.operations / 1e12:.3g}"))
     for name, count, work in (("the rest", *rest), ("all", parameters, operations)):
-        lines.append((name, "", "", "", "", f"{count / 1e6:.1f}", f"{work / 1e12:.3f}"))
+        lines.append((name, "", "", "", "", f"{count / 1e6:.4g}", f"{work / 1e12:.4g}"))
     tell_table(lines, log)
 
 
@@ -96,7 +96,8 @@ def check_folder(folder: str, flag: str, words: str) -> None:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
+    """Bytes in GiB, to two places, or more of a small number."""
+    return f"{size / 2**30:.2f}" if size >= 2**29 else f"{size / 2**30:.3g}"
 
 
 def duration(seconds: float) -> str:
