@@ -131,7 +131,7 @@ class _GroupNorm(torch.autograd.Function):
         to_shift = grad.sum(spatial, dtype=torch.float32).view(*mean.shape[:2], -1)  # [N, groups, C / groups]
         to_scale = (products.sum(spatial).view_as(to_shift) - mean * to_shift) * rstd  # of the normalized x
         weights = torch.ones_like(mean[:1]) if weight is None else weight.float().view(1, mean.shape[1], -1)
-        count = x[0].numel() // mean.shape[1]
+        count = x.numel() // mean.numel()
         along_one = (weights * to_shift).sum(2, keepdim=True) / count
         along_x = (weights * to_scale).sum(2, keepdim=True) / count * rstd
         # d/dx = rstd * (weight * grad - along_one - (x - mean) * along_x)
@@ -160,7 +160,7 @@ def _statistics(x: torch.Tensor, groups: int, eps: float) -> tuple[torch.Tensor,
         mean = x.mean(spatial, dtype=torch.float32).view(len(x), groups, -1).mean(2, keepdim=True)
         norms = torch.linalg.vector_norm(x, 2, spatial, dtype=torch.float32)
         squares = norms.view(len(x), groups, -1).square().sum(2, keepdim=True)
-        variance = torch.addcmul(squares / (x[0].numel() // groups), mean, mean, value=-1).clamp(min=0)
+        variance = torch.addcmul(squares / (x.numel() // mean.numel()), mean, mean, value=-1).clamp(min=0)
     return mean, (variance + eps).rsqrt()
 
 

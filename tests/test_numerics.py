@@ -128,7 +128,7 @@ def pretended_gpu():
     """A device "cuda" on which nothing is computed; older PyTorch (2.6) needs a driver even for that."""
     with FakeTensorMode():
         try:
-            torch.empty(2, 8, 2, 2, device="cuda").to(torch.half, memory_format=torch.channels_last)
+            torch.empty(2, device="cuda")[0]
         except RuntimeError as error:
             pytest.skip(str(error).splitlines()[0])
         yield
