@@ -191,7 +191,9 @@ class Averages:
             self._sums(name, 4).index_add_(0, quarter, pairs)
 
     def add_scalar(self, name: str, value: torch.Tensor) -> None:
-        self._sums(name, 1).add_(torch.stack([value, torch.ones_like(value)])[None])
+        """One value, a scalar on the device. One that is not finite is left out."""
+        finite = torch.isfinite(value)
+        self._sums(name, 1).add_(torch.stack([torch.where(finite, value, 0.0), finite.to(value.dtype)])[None])
 
     def _sums(self, name: str, rows: int) -> torch.Tensor:
         if name not in self.sums:

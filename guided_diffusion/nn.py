@@ -211,6 +211,23 @@ def mean_flat(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def update_ema(ema: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], rate: float) -> None:
-    """Moves every average towards its parameter, in place: ema <- rate * ema + (1 - rate) * parameter."""
-    torch._foreach_lerp_(list(ema), list(parameters), 1.0 - rate)
+def update_ema(
+    ema: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], rate: float, found_inf: torch.Tensor | None = None
+) -> None:
+    """Moves every average towards its parameter, in place: ema <- rate * ema + (1 - rate) * parameter.
+
+    :param found_inf: float32 scalar on the device, as the fused optimizers take it: where it is 1, the averages stay as
+        they are. Nothing is read from the device for it.
+    """
+    if found_inf is None:
+        torch._foreach_lerp_(list(ema), list(parameters), 1.0 - rate)
+    elif rate > 0.5:
+        # ema - (1 - rate) * (ema - parameter) is a step of gradient ascent, the parameter being the gradient, with
+        # weight decay 1: one kernel for all tensors that can skip. It rounds as lerp does for weights below 1/2.
+        torch._fused_sgd_(
+            list(ema), list(parameters), [], weight_decay=1.0, momentum=0.0, lr=1.0 - rate, dampening=0.0,
+            nesterov=False, maximize=True, is_first_step=False, found_inf=found_inf,
+        )  # fmt: skip
+    else:
+        weight = (1.0 - found_inf) * (1.0 - rate)
+        torch._foreach_lerp_(list(ema), list(parameters), [weight] * len(ema))

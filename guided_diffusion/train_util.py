@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .dist_util import World
-from .fp16_util import StepResult, global_norm
+from .fp16_util import StepResult, as_found_inf, global_norm
 from .image_datasets import LayoutDataset, TrainingBatches, balance_weights, training_batches
 from .layouts.encode import to_network
 from .logger import Averages, Logger, progress_bar
@@ -25,8 +25,8 @@ from .runs.previews import Previews
 from .runs.resume import begin_training, check_base
 from .runs.saving import Saving
 from .runs.state import TrainingState
-from .runs.stop_signals import StopSignals
-from .runs.validation import Validation
+from .runs.stop_signals import StopRequests, StopSignals
+from .runs.validation import open_validation
 from .seeding import normals, stable_seed, uniforms
 from .settings import DiffusionConfig, TrainConfig, resolve_precision
 from .unet import UNetModel
@@ -116,12 +116,16 @@ class TrainLoop:
         self.microbatch = config.microbatch if config.microbatch > 0 else config.batch_size
         self.global_batch = config.batch_size * world.size
         self.look_up = config.looks_layouts_up(world.device.type)
+        # A look at the count of bad steps makes the host wait for a GPU; on a CPU it is free.
+        self.look_interval = 1 if world.device.type == "cpu" else min(config.log_interval, config.max_bad_steps)
         logger.log(
             f"{len(dataset)} training images of {dataset.shape[0]}x{dataset.shape[1]}, {dataset.num_classes} classes; "
             f"{sum(p.numel() for p in state.parameters) / 1e6:.1f} M parameters"
         )
         self.distributed, self.network = self._wrap(record["model"]["use_checkpoint"])
-        self.validation = self._make_validation(validation)
+        self.validation = open_validation(
+            validation, objective, world, images=config.val_images, batch_size=self.microbatch, log=logger.log
+        )
         self.folder = directory.folder
         self.saving = Saving(state, directory, self.validation, world=world, logger=logger, record=record)
         self.averages = Averages(world.device, objective.num_timesteps)
@@ -138,19 +142,6 @@ class TrainLoop:
                 torch._dynamo.config.optimize_ddp = False  # DDP's division of the graph refuses what is recomputed
             network = torch.compile(network)
         return distributed, network
-
-    def _make_validation(self, split: LayoutDataset | None) -> Validation | None:
-        """A collective. :raises DataError: a file of the split cannot be read."""
-        if split is None:
-            self.logger.log("no validation split: the latest EMA counts as the best")
-            return None
-        if not self.config.val_images:
-            return None
-        images, batch_size = self.config.val_images, self.microbatch
-        validation = Validation(split, self.objective, self.world, images=images, batch_size=batch_size)
-        for problem in validation.check():  # now, not at the first save
-            self.logger.log(f"note: left out of the validation: {problem}")
-        return validation
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -174,24 +165,26 @@ class TrainLoop:
         if self.finished:
             return self._nothing_to_do()
         with self._open_batches() as batches, StopSignals() as signals, self._progress_bar() as bar:
+            requests = StopRequests(signals, self.world)
             self.model.train()
             self._clock, self._clock_step = time.monotonic(), self.state.step
             while not self.finished:
                 self.train_step(next(batches))
                 bar.update()
+                if self._due(self.look_interval):
+                    self._check_bad_steps()
                 if self._due(self.config.log_interval):
                     self._log_row(bar, len(batches.skipped))
                 if self._due(self.config.sample_interval):
                     with self._clock_stopped():
                         self.previews.draw(self.state)
-                stop, save = self.world.max(signals.number), self._due(self.config.save_interval)
+                stop, save = requests.after_step(), self._due(self.config.save_interval)
                 if save or stop:
-                    with self._clock_stopped():
-                        self.saving.save(measure_first=save)
+                    self._save(measure_first=save)
                 if stop and not self.finished:
                     return self._stopped(stop)
             if self.state.saved_step != self.state.step:
-                self.saving.save()
+                self._save()
         self.logger.log(f"done: {self.state.step} steps; the weights are in {self.folder}")
         return True
 
@@ -203,8 +196,14 @@ class TrainLoop:
         self.world.on_main(lambda: check_base(self.state.base, self.config.resume_checkpoint))
         self.logger.log(f"nothing to do: step {self.state.step} of {self.last_step} is reached")
         if self.state.saved_step is None:  # started from elsewhere: what comes next looks here
-            self.saving.save()
+            self._save()
         return True
+
+    def _save(self, measure_first: bool = True) -> None:
+        """A collective. :raises TrainingDiverged: there is nothing good to save."""
+        self._check_bad_steps()
+        with self._clock_stopped():
+            self.saving.save(measure_first=measure_first)
 
     def _stopped(self, number: int) -> bool:
         name = signal.Signals(number).name
@@ -231,7 +230,8 @@ class TrainLoop:
         """One optimizer step on this rank's batch. A collective."""
         positions, seed = batch["position"].tolist(), self.config.seed
         t, weights = self.state.schedule_sampler.sample(uniforms(seed, "timestep", positions))
-        dropped = torch.from_numpy(uniforms(seed, "drop", positions) < self.config.drop_rate)
+        dropped = self._upload(uniforms(seed, "drop", positions) < self.config.drop_rate)
+        timesteps, shares = self._upload(t), self._upload(weights / len(positions))
         noise_seeds = [stable_seed(seed, "noise", position) for position in positions]
         # Dropout alone draws from the global generator.
         torch.manual_seed(stable_seed(seed, "dropout", self.state.step, self.world.rank))
@@ -248,13 +248,9 @@ class TrainLoop:
                 dropped=dropped[part],
                 look_up=self.look_up,
             )
-            draws = Draws(
-                torch.from_numpy(t[part]).to(image.device, non_blocking=True),
-                normals(noise_seeds[part], image.shape[1:], image.device),
-            )
-            shares = torch.from_numpy(weights[part] / len(positions)).to(image.device, non_blocking=True)
+            draws = Draws(timesteps[part], normals(noise_seeds[part], image.shape[1:], image.device))
             last = first + self.microbatch >= len(positions)
-            losses.append(self._backward(Batch(image, layout), draws, shares, synchronize=last))
+            losses.append(self._backward(Batch(image, layout), draws, shares[part], synchronize=last))
         result = self.trainer.step()
         self.state.step += 1
         self.state.samples_seen += self.global_batch
@@ -270,23 +266,30 @@ class TrainLoop:
         self.averages.add(draws.timesteps, {name: term.detach() for name, term in terms.items()})
         return terms["loss"].detach()
 
+    def _upload(self, values: np.ndarray) -> torch.Tensor:
+        """On the device, without waiting for it: a copy from memory that is not pinned may wait."""
+        tensor = torch.from_numpy(values)
+        if self.world.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.world.device, non_blocking=True)
+
     def _after_step(self, result: StepResult, t: np.ndarray, losses: torch.Tensor) -> None:
-        if self.state.schedule_sampler.needs_losses and result.applied:
+        sampler = self.state.schedule_sampler
+        if sampler.needs_losses and bool(result.applied):  # they decide the next timesteps, so this waits for them
             gathered = self.world.gather((t, losses.cpu().numpy()))
-            self.state.schedule_sampler.update(*(np.concatenate(parts) for parts in zip(*gathered, strict=True)))
-        if result.applied:
-            self.state.bad_in_a_row = 0
-            self.averages.add_scalar("grad_norm", result.grad_norm)
-            for rate, ema in self.state.emas.items():
-                update_ema(ema, self.state.parameters, float(rate))
-            return
-        self.state.bad_steps += 1
-        self.state.bad_in_a_row += 1
-        if self.state.bad_in_a_row >= self.config.max_bad_steps:
+            sampler.update(*(np.concatenate(parts) for parts in zip(*gathered, strict=True)))
+        self.averages.add_scalar("grad_norm", result.grad_norm)
+        for rate, ema in self.state.emas.items():
+            update_ema(ema, self.state.parameters, float(rate), as_found_inf(result.applied))
+
+    def _check_bad_steps(self) -> None:
+        """:raises TrainingDiverged: too many steps in a row were not finite, at most `look_interval` - 1 steps ago."""
+        _, _, in_a_row = self.trainer.bad_steps.read()
+        if in_a_row >= self.config.max_bad_steps:
             step, saved = self.state.step, self.state.saved_step
             good = "there is none" if saved is None else store.model_name(saved)
             raise TrainingDiverged(
-                f"{self.state.bad_in_a_row} steps in a row had a loss or gradient that is not finite (at step {step}). "
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite (at step {step}). "
                 f"Last good checkpoint in {self.folder}: {good}. Try a lower --lr, --max_grad_norm 1, or bf16."
             )
 
@@ -302,10 +305,8 @@ class TrainLoop:
     # -- what is seen of it -------------------------------------------------------------------------------------------
 
     def _progress_bar(self) -> tqdm:
-        total = self.last_step or None
-        return progress_bar(
-            total=total, initial=self.state.step, desc="training", unit="step", disable=not self.world.is_main
-        )
+        options = dict(total=self.last_step or None, initial=self.state.step, disable=not self.world.is_main)
+        return progress_bar(desc="training", unit="step", **options)
 
     def _log_row(self, bar: tqdm, skipped_files: int) -> None:
         """Figures since the last row, the means over all ranks. A collective."""
@@ -317,7 +318,7 @@ class TrainLoop:
         row["param_norm"] = float(global_norm([p.detach() for p in self.state.parameters]))
         row["lr"] = self.state.optimizer.param_groups[0]["lr"]
         row["images_per_second"] = round(rate, 3)
-        row["bad_steps"] = self.state.bad_steps
+        row["bad_steps"] = self.trainer.bad_steps.read()[0]
         if self.trainer.scaled:
             row["log2_loss_scale"] = self.trainer.log_loss_scale
         if self.dataset.skip_bad:

@@ -10,6 +10,7 @@ moved without such a change has found a mistake, and a faster way to compute the
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -56,6 +57,9 @@ def read_curve(logdir: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=CURVE, help="the file to write (default: %(default)s)")
+    out = parser.parse_args().out
     import image_train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -67,8 +71,8 @@ def main() -> None:
     record = {"scenes": SCENES, "settings": SETTINGS, "torch": torch.__version__}
     record |= {name: [float(f"{value:.6g}") for value in values] for name, values in curve.items()}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
-    CURVE.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    print(f"{CURVE.relative_to(ROOT)}: loss {curve['loss'][0]:.4f} at step 1, {curve['loss'][-1]:.4f} at step {STEPS}")
+    out.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    print(f"{out}: loss {curve['loss'][0]:.4f} at step 1, {curve['loss'][-1]:.4f} at step {STEPS}")
 
 
 if __name__ == "__main__":

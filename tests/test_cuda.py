@@ -8,7 +8,9 @@ import torch
 from data_helpers import write_custom
 from golden_helpers import CASES, golden_case, normal
 from sampling_helpers import MODEL, run, save_checkpoint
+from training_helpers import make_data, make_loop
 
+from guided_diffusion import dist_util
 from guided_diffusion.nn import GroupNorm
 from guided_diffusion.pipeline import SDMPipeline
 
@@ -101,3 +103,19 @@ def test_training_and_resume(tmp_path, precision, layout_lookup):
     assert "continuing this log directory's run at step 3" in result.stdout
     weights = torch.load(tmp_path / "run" / "model000006.pt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_the_host_does_not_wait_in_a_training_step(tmp_path, precision):
+    """PyTorch raises an error at whatever makes the host wait; `test_host_reads.py` counts the same without a GPU."""
+    data = make_data(tmp_path / "data")
+    loop = make_loop(data, tmp_path / "run", world=dist_util.setup(), precision=precision, microbatch=2)
+    loop.model.train()
+    with loop._open_batches() as batches:
+        for number in range(6):
+            batch = next(batches)
+            torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")  # tables are uploaded once
+            try:
+                loop.train_step(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

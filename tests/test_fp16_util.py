@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer, global_norm
-from guided_diffusion.nn import Linear
+from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, BadSteps, MixedPrecisionTrainer, global_norm
+from guided_diffusion.nn import Linear, update_ema
 
 
 def make(precision="fp32", lr=0.1, **options):
@@ -108,3 +108,67 @@ def test_weights_move_by_less_than_the_precision_can_tell(dtype):
         trainer.step()
     # 100 steps of 1e-6; at 1 the spacing of float16 is 5e-4 and larger, so no single step would show in it
     torch.testing.assert_close(layer.weight.detach(), torch.full((4, 4), 1 - 1e-4), rtol=0, atol=1e-5)
+
+
+def fused(**options):
+    """As `make`, with the optimizer that skips steps on the device."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1, fused=True)
+    return parameters, MixedPrecisionTrainer(parameters, optimizer, **options)
+
+
+def test_the_fused_optimizer_skips_bad_steps_as_if_they_had_not_been():
+    """Bad steps before, between and after good ones: weights, averages and step counts are those of the good alone."""
+    results = []
+    for bad in ([], [0, 2, 3, 6]):
+        parameters, trainer = fused(max_grad_norm=0.5)
+        optimizer_steps = 0
+        for number in range(7 if bad else 3):
+            backward(trainer, parameters)
+            if number in bad:
+                parameters[number % 2].grad[1] = (float("nan"), float("inf"))[number // 3 % 2]
+            assert bool(trainer.step().applied) == (number not in bad)
+            optimizer_steps += number not in bad
+        assert optimizer_steps == 3
+        states = [value for p in parameters for value in trainer.optimizer.state[p].values()]
+        results.append([p.detach() for p in parameters] + states)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_fused_optimizer_without_bad_steps_is_that_of_torch():
+    parameters, trainer = fused()
+    reference, _ = fused()
+    optimizer = torch.optim.AdamW(reference, lr=0.1, weight_decay=0.1, fused=True)
+    for _ in range(3):
+        backward(trainer, parameters)
+        trainer.step()
+        optimizer.zero_grad()
+        sum((p**2).sum() for p in reference).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, reference, strict=True))
+
+
+def test_bad_steps_are_counted_in_all_in_a_row_and_the_longest_row():
+    count = BadSteps(torch.device("cpu"), total=5, in_a_row=1)
+    seen = []
+    for skipped in (True, True, False, True, False):
+        count.add(torch.tensor(skipped))
+        seen.append(count.read())
+    assert seen == [(6, 2, 2), (7, 3, 3), (7, 0, 3), (8, 1, 3), (8, 0, 3)]
+
+
+@pytest.mark.parametrize("rate", [0.9999, 0.9, 0.5, 0.0])
+def test_an_average_that_can_skip_is_the_same_average(rate):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 5), (1003,), (8, 4, 3, 3), ())]
+    parameters.append(torch.nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)))
+    before = [torch.randn_like(p, requires_grad=False) for p in parameters]
+    plain, taken, skipped = ([tensor.clone() for tensor in before] for _ in range(3))
+    held = [p.detach().clone() for p in parameters]
+    update_ema(plain, parameters, rate)
+    update_ema(taken, parameters, rate, found_inf=torch.tensor(0.0))
+    update_ema(skipped, parameters, rate, found_inf=torch.tensor(1.0))
+    for a, b, c, d in zip(plain, taken, skipped, before, strict=True):
+        assert torch.equal(a, b) and torch.equal(c, d)
+    assert all(torch.equal(p, h) for p, h in zip(parameters, held, strict=True))

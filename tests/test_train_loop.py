@@ -118,11 +118,13 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, precision):
     before = snapshot(loop)
     loop.train_step(batch_of(loop))
     assert differing(before, snapshot(loop)) == []
-    assert (loop.state.step, loop.state.bad_steps, len(loop.state.optimizer.state)) == (1, 1, 0)
+    assert (loop.state.step, loop.trainer.bad_steps.read()) == (1, (1, 1, 1))
+    moments = [value for values in loop.state.optimizer.state.values() for value in values.values()]
+    assert not any(value.any() for value in moments)  # the optimizer has counted no step, and seen no gradient
     loop.trainer.log_loss_scale = 6.0 if precision == "fp16" else 0.0  # the first scale, 2^20, would be skipped too
     loop.train_step(batch_of(loop))
     assert differing(before, snapshot(loop))
-    assert loop.state.bad_in_a_row == 0
+    assert loop.trainer.bad_steps.read() == (1, 0, 1)
 
 
 def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
@@ -132,7 +134,22 @@ def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
         loop.run()
     assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 8).values())
     again = make_loop(data, tmp_path)
-    assert (again.state.bad_steps, again.state.bad_in_a_row) == (3, 2)  # of the checkpoint of step 8
+    assert again.trainer.bad_steps.read() == (3, 2, 0)  # of the checkpoint of step 8
+
+
+@pytest.mark.parametrize(
+    ("bad", "look_interval", "save_interval", "stopped"),
+    [({1, 2, 3}, 4, 100, 4), ({2, 3, 4}, 6, 100, 6), ({5, 6, 7}, 10, 9, 9)],
+    ids=["the look is due", "a good step has followed", "before a save"],
+)
+def test_where_looking_costs_training_stops_a_little_later(data, tmp_path, bad, look_interval, save_interval, stopped):
+    """On a GPU bad steps are looked at every few steps, and before a save: nothing that diverged is saved."""
+    loop = make_loop(data, tmp_path, max_steps=20, save_interval=save_interval, max_bad_steps=3)
+    loop.look_interval = look_interval
+    poison(loop, bad)
+    with pytest.raises(TrainingDiverged, match=rf"3 steps in a row .*at step {stopped}\)"):
+        loop.run()
+    assert not list(tmp_path.glob("model*.pt"))
 
 
 def test_previews_do_not_change_the_training(data, six_steps, tmp_path):

@@ -47,7 +47,7 @@ def make_data(folder: Path) -> Path:
 
 
 def make_loop(
-    data: Path, logdir: Path, *, validation=True, objective=None, model=None, diffusion=None, **training
+    data: Path, logdir: Path, *, validation=True, objective=None, world=None, model=None, diffusion=None, **training
 ) -> TrainLoop:
     """A training loop in this process, single rank."""
     model_config = ModelConfig(**MODEL | (model or {}))
@@ -67,7 +67,7 @@ def make_loop(
         validation=open_dataset(split="val", **common) if validation else None,
         config=config,
         num_workers=0,
-        world=World(),
+        world=world or World(),
         logger=Logger(str(logdir)),
         logdir=str(logdir),
         record={

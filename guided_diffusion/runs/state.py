@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..fp16_util import MixedPrecisionTrainer
+from ..fp16_util import BadSteps, MixedPrecisionTrainer
 from ..resample import ScheduleSampler
 from ..unet import UNetModel
 from ..weights import store
@@ -36,8 +36,6 @@ class TrainingState:
     samples_seen: int = 0
     continues: bool = False
     saved_step: int | None = None
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -60,7 +58,8 @@ class TrainingState:
 
     def _rest(self) -> dict[str, Any]:
         history = {name: torch.from_numpy(value) for name, value in self.schedule_sampler.state_dict().items()}
-        counts = {"bad_steps": self.bad_steps, "bad_in_a_row": self.bad_in_a_row}
+        total, in_a_row, _ = self.trainer.bad_steps.read()
+        counts = {"bad_steps": total, "bad_in_a_row": in_a_row}
         return {"precision": self.trainer.state_dict(), "schedule_sampler": history, **counts}
 
     def load_rest(self, rest: dict[str, Any]) -> None:
@@ -69,4 +68,5 @@ class TrainingState:
         history = {name: value.numpy() for name, value in rest["schedule_sampler"].items()}
         if history:
             self.schedule_sampler.load_state_dict(history)
-        self.bad_steps, self.bad_in_a_row = rest["bad_steps"], rest["bad_in_a_row"]
+        device = self.parameters[0].device
+        self.trainer.bad_steps = BadSteps(device, rest["bad_steps"], rest["bad_in_a_row"])

@@ -6,9 +6,12 @@ import signal
 import time
 from typing import Any
 
+from ..dist_util import World
+
 # SIGUSR1 is what SLURM is commonly told to send before a time limit (--signal=USR1@120); Windows has no such signal.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 SECOND_SIGNAL_SECONDS = 3.0
+ASKING_SECONDS = 1.0  # between two questions to the ranks whether a signal has come
 # The exit status of a program that a signal ended before its work was done: "try again" in sysexits.h (EX_TEMPFAIL).
 EXIT_UNFINISHED = 75
 
@@ -42,3 +45,31 @@ class StopSignals:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class StopRequests:
+    """Tells every rank at the same step that a signal has come to one of them.
+
+    To ask each other, the ranks must wait for the slowest. So they do it after as many steps as take about
+    `ASKING_SECONDS` (by the slowest rank's measure, and at most twice as many as the time before), or after every step
+    where one takes longer: a signal is obeyed after about that time, and the step under way. One process alone looks
+    after every step.
+    """
+
+    def __init__(self, signals: StopSignals, world: World):
+        self.signals, self.world = signals, world
+        self.interval = 1  # steps from one question to the next, the same on all ranks
+        self._steps, self._asked = 0, time.monotonic()
+
+    def after_step(self) -> int:
+        """A signal's number; 0: none has come, or it is not yet time to ask. A collective, after every step."""
+        if self.world.size == 1:
+            return self.signals.number
+        self._steps += 1
+        if self._steps < self.interval:
+            return 0
+        seconds_per_step = (time.monotonic() - self._asked) / self._steps
+        numbers, seconds = zip(*self.world.gather((self.signals.number, seconds_per_step)), strict=True)
+        self.interval = max(1, min(2 * self.interval, int(ASKING_SECONDS / max(*seconds, 1e-6))))
+        self._steps, self._asked = 0, time.monotonic()
+        return max(numbers)

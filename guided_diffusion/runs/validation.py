@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,6 +102,29 @@ class Validation:
         batches = sampling_batches(self.dataset, [self.indices[slot] for slot in slots], self.batch_size)
         for first, batch in enumerate(batches):
             yield slots[first * self.batch_size : (first + 1) * self.batch_size], batch
+
+
+def open_validation(
+    split: LayoutDataset | None,
+    objective: Objective,
+    world: World,
+    *,
+    images: int,
+    batch_size: int,
+    log: Callable[[str], None],
+) -> Validation | None:
+    """The validation on `images` of a split, all of them read once; None without a split or images. A collective.
+
+    :raises DataError: a bad file; or no image is left.
+    """
+    if split is None:
+        log("no validation split: the latest EMA counts as the best")
+    if split is None or not images:
+        return None
+    validation = Validation(split, objective, world, images=images, batch_size=batch_size)
+    for problem in validation.check():  # now, not at the first save
+        log(f"note: left out of the validation: {problem}")
+    return validation
 
 
 @contextlib.contextmanager
