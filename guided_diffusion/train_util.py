@@ -196,7 +196,7 @@ class TrainLoop:
         self.world.on_main(lambda: check_base(self.state.base, self.config.resume_checkpoint))
         self.logger.log(f"nothing to do: step {self.state.step} of {self.last_step} is reached")
         if self.state.saved_step is None:  # started from elsewhere: what comes next looks here
-            self._save()
+            self.saving.save()
         return True
 
     def _save(self, measure_first: bool = True) -> None:

@@ -110,3 +110,11 @@ def test_the_optimizer_of_another_program_does_not_choose_the_kernels():
     assert torch.equal(fused.state[weight]["exp_avg"], plain.state[weight]["exp_avg"])
     fused.step()
     assert fused.state[weight]["step"] == 2
+
+
+def test_a_finished_checkpoint_of_elsewhere_is_saved_where_the_next_command_looks(data, run, tmp_path):
+    loop = make_loop(data, tmp_path, max_steps=2, resume_checkpoint=str(run / "model000002.pt"))
+    assert loop.run()
+    saved, expected = (torch.load(path, weights_only=True) for path in (tmp_path / "model.pt", run / "model.pt"))
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert store.newest_complete(str(tmp_path), print)["step"] == 2
