@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -43,7 +44,14 @@ def parse_flags(classes: Sequence[type], argv: Sequence[str] | None = None, desc
                 metavar=metavar,
                 help=f"{field.metadata['help']} (default: {default or repr(default)})".replace("%", "%%"),
             )
-    return vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse alone would print every flag there is, and not the one that is meant
+        near = {
+            word: difflib.get_close_matches(word.split("=")[0], [f"--{name}" for name in seen], n=1) for word in unknown
+        }
+        words = [f"{word} (is {match[0]} meant?)" if match else word for word, match in near.items()]
+        parser.exit(2, f"error: unknown arguments: {' '.join(words)}; --help lists the known ones\n")
+    return vars(given)
 
 
 def build_config(

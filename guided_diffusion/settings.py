@@ -146,7 +146,9 @@ class TrainConfig:
     precision: str = setting("", "fp32, fp16 or bf16; empty: the checkpoint's, or fp16 with use_fp16, else fp32")
     fp16_scale_growth: float = setting(1e-3, "growth of log2 of the loss scale per step in fp16")
     max_grad_norm: float = setting(0.0, "gradients are clipped to this norm; 0: never")
-    max_bad_steps: int = setting(50, "non-finite steps in a row after which training stops; a GPU is asked at every row of figures")
+    max_bad_steps: int = setting(
+        50, "non-finite steps in a row after which training stops; a GPU is asked at every row of figures"
+    )
     layout_lookup: str = setting(
         "auto", "SPADE's maps once for each neighbourhood of labels: auto (on a CPU, not compiled), true or false"
     )
