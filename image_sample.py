@@ -10,7 +10,8 @@ import sys
 from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
-from guided_diffusion.runs.sampling_run import SampleRun, sampling_record
+from guided_diffusion.runs.picture_record import sampling_record
+from guided_diffusion.runs.sampling_run import SampleRun
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import build_config, given_of, parse_flags
 from guided_diffusion.settings import (
@@ -77,6 +78,7 @@ def main() -> int:
             config=config,
             sampling=sampling,
             record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), dataset.spec),
+            inputs=[folder for folder in (config.labels_dir, "" if alone else data.data_dir) if folder],
             num_workers=data.num_workers,
             world=world,
             log=log,

@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, BinaryIO
 
@@ -25,6 +26,7 @@ import blobfile
 import torch
 
 from ..data.json_text import parse_json
+from ..data.own_files import is_temporary, plain_names, temporary_path
 from .config import checked_config
 
 CONFIG_NAME = "config.json"
@@ -71,9 +73,9 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     Written under a temporary name in the same folder, synced and renamed.
     :raises CheckpointError: the disk is full, the folder read-only, ...; `path` is as it was.
     """
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -109,9 +111,7 @@ def publish(source: str, target: str) -> None:
 
     :raises CheckpointError: `target` cannot be written; it is as it was.
     """
-    temporary = f"{target}.tmp{os.getpid()}"
-    with contextlib.suppress(OSError):
-        os.remove(temporary)
+    temporary = temporary_path(target)
     try:
         os.link(source, temporary)
         # Onto another name of the same file a rename does nothing, and would leave the temporary name.
@@ -216,7 +216,7 @@ def prune(folder: str, keep: int, newest: int) -> None:
     """
     steps = [step for step in _manifest_steps(folder) if step <= newest]
     for step in steps[:-keep] if keep > 0 else []:
-        names = read_manifest(folder, step).get("files", {})
+        names = _set_files(read_manifest(folder, step), step)
         # The manifest first, as a set that is half removed must not count; it stays as the note of what is to go.
         note = os.path.join(folder, f".{manifest_name(step)}.part")
         os.replace(os.path.join(folder, manifest_name(step)), note)
@@ -225,17 +225,30 @@ def prune(folder: str, keep: int, newest: int) -> None:
                 os.remove(path)
 
 
+def _set_files(manifest: dict[str, Any], step: int) -> list[str]:
+    """The names in a manifest, or in the note of a save that has begun, that can be files of the set of `step`: a
+    manifest that was edited must not have files removed that no save wrote, here or in another folder."""
+    return [name for name in plain_names(manifest.get("files")) if re.fullmatch(rf".*{step:06d}\.pt", name)]
+
+
 def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
     """Takes the folder for this process, as long as the returned file is open; None where locks are not to be had.
 
     :param flag: which gives the folder.
-    :raises CheckpointError: another process has it; the message names that process.
+    :raises CheckpointError: another process has it (the message names that process), or `.lock` is not a lock file.
     """
     try:
         import fcntl
     except ImportError:
         return None
-    file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 - it stays open
+    path = os.path.join(folder, ".lock")
+    # What is there may be somebody's own file, by a link or by this very name: its content is not to be replaced.
+    if os.path.islink(path) or (os.path.exists(path) and not _is_lock(path)):
+        raise CheckpointError(
+            f"{path} is a link, or no lock file of this program: move it away, or give another --{flag}"
+        )
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    file = os.fdopen(descriptor, "r+", encoding="utf-8")  # it stays open
     try:
         # A record lock is the process's own: workers that outlive a killed run do not hold it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -252,17 +265,28 @@ def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
     return file
 
 
+def _is_lock(path: str) -> bool:
+    """Whether a file is empty or says what `lock` writes, and has no second name elsewhere."""
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        return False
+    with open(path, "rb") as file:
+        content = file.read(1000)
+    return not content or content.startswith(b"process ")
+
+
 def remove_leftovers(folder: str) -> None:
     """Removes what writers that were killed have left: temporary files, and the files of a set without its manifest. A
     folder that is not there has none."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         manifest = name.removeprefix(".").removesuffix(".part")
-        if name == f".{manifest}.part" and _MANIFEST.fullmatch(manifest):
+        match = _MANIFEST.fullmatch(manifest) if name == f".{manifest}.part" else None
+        if match:
             begun = {} if os.path.exists(os.path.join(folder, manifest)) else _read_json(os.path.join(folder, name))
-            for part in begun.get("files", []):
+            for part in _set_files(begun, int(match.group(1))):
                 with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, os.path.basename(part)))
-        if re.search(r"\.tmp\d+$|^\..*\.part$", name):  # those of atomic_write and of save_png
+                    os.remove(os.path.join(folder, part))
+        if match or is_temporary(name):  # those of atomic_write and of save_png
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, name))
 
