@@ -8,6 +8,8 @@ import os
 import sys
 
 from guided_diffusion import dist_util
+from guided_diffusion.data.class_lists import check_same_meaning
+from guided_diffusion.data.specs import read_dataset_json
 from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.runs.picture_record import sampling_record
@@ -52,6 +54,12 @@ def main() -> int:
         )
         pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here
         alone = config.labels_dir and "data_dir" not in flags and "dataset_mode" not in flags
+        results = config.labels_dir and holds_network_ids(config.labels_dir)
+        trained_with = (recorded or {}).get("dataset_json")
+        if trained_with is not None and data.dataset_mode == "custom" and data.data_dir and not (alone or results):
+            # What the ids in the folder mean must be what they meant in the training.
+            described, path = read_dataset_json(data.data_dir), os.path.join(data.data_dir, "dataset.json")
+            check_same_meaning(trained_with, described, pipeline.model_config.num_classes, path)
         dataset = open_dataset(
             data_dir=data.data_dir,
             dataset_mode=data.dataset_mode,
@@ -62,9 +70,8 @@ def main() -> int:
             labels_dir=config.labels_dir or None,
             training=False,
             # Label maps alone mean what those of the training meant, wherever its data is now.
-            dataset_json=recorded.get("dataset_json") if recorded and alone else None,
+            dataset_json=trained_with if alone else None,
         )
-        results = config.labels_dir and holds_network_ids(config.labels_dir)
         log(
             f"layouts: {os.path.dirname(dataset.items[0].label)}"  # the split's folder may have another name
             + (", of a results folder: its ids are taken as the network's" if results else "")
