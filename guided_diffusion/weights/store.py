@@ -228,7 +228,7 @@ def prune(folder: str, keep: int, newest: int) -> None:
 def _set_files(manifest: dict[str, Any], step: int) -> list[str]:
     """The names in a manifest, or in the note of a save that has begun, that can be files of the set of `step`: a
     manifest that was edited must not have files removed that no save wrote, here or in another folder."""
-    return [name for name in plain_names(manifest.get("files")) if re.fullmatch(rf".*{step:06d}\.pt", name)]
+    return [name for name in plain_names(manifest.get("files")) if re.fullmatch(rf".*\D{step:06d}\.pt", name)]
 
 
 def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
@@ -241,14 +241,7 @@ def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
         import fcntl
     except ImportError:
         return None
-    path = os.path.join(folder, ".lock")
-    # What is there may be somebody's own file, by a link or by this very name: its content is not to be replaced.
-    if os.path.islink(path) or (os.path.exists(path) and not _is_lock(path)):
-        raise CheckpointError(
-            f"{path} is a link, or no lock file of this program: move it away, or give another --{flag}"
-        )
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    file = os.fdopen(descriptor, "r+", encoding="utf-8")  # it stays open
+    file = _open_lock(os.path.join(folder, ".lock"), flag)
     try:
         # A record lock is the process's own: workers that outlive a killed run do not hold it.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -265,14 +258,18 @@ def lock(folder: str, flag: str = "logdir") -> IO[str] | None:
     return file
 
 
-def _is_lock(path: str) -> bool:
-    """Whether a file is empty or says what `lock` writes, and has no second name elsewhere."""
-    status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        return False
-    with open(path, "rb") as file:
-        content = file.read(1000)
-    return not content or content.startswith(b"process ")
+def _open_lock(path: str, flag: str) -> IO[str]:
+    """The lock file, made where it is missing. What is there may be somebody's own file, by a link or by this very
+    name: a CheckpointError then, as its content would be replaced."""
+    refusal = CheckpointError(f"{path} is a link, or no lock file of ours: move it away, or give another --{flag}")
+    if os.path.islink(path) or os.path.isdir(path):
+        raise refusal
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    status, begin = os.fstat(descriptor), b"process "
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.read(descriptor, len(begin)) in (b"", begin):
+        return os.fdopen(descriptor, "r+", encoding="utf-8")
+    os.close(descriptor)
+    raise refusal
 
 
 def remove_leftovers(folder: str) -> None:
