@@ -472,6 +472,24 @@ def test_a_full_disk_while_the_overview_is_drawn_costs_no_picture(root, sample, 
     assert (root / "results" / "overview.png").exists()
 
 
+@pytest.mark.parametrize(
+    "place", ["labels", "samples/scene1.png", "labels/scene1.png", "overview.png", "sampling.json"]
+)
+def test_a_folder_where_a_file_belongs_and_the_reverse(root, sample, place):
+    assert sample("results")[0]
+    path = root / "results" / place
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("a file")
+    else:
+        path.unlink()
+        (path / "inside").mkdir(parents=True)
+    for flags in ((), ("--seed", "1", "--overwrite", "True")):
+        done, told = sample("results", *flags)
+        assert not done and place in told, told
+    assert path.is_file() == (place == "labels")
+
+
 def test_colours_beyond_the_network_s_classes_are_found_before_anything_is_written(root, sample):
     colors = [[40 * i, 10, 10] for i in range(5)]
     settings = {"classes": [{"name": f"c{i}", "color": c} for i, c in enumerate(colors)], "label_encoding": "colors"}
@@ -491,3 +509,16 @@ def test_a_name_of_251_bytes(root, sample):
     assert done, told
     for kind in ("labels", "samples"):
         assert os.listdir(root / "results" / kind) == [f"{name}.png"]
+
+
+def test_a_name_that_is_not_utf_8(root, sample):
+    """Names are the system's own bytes."""
+    name = os.fsdecode(b"caf\xe9")
+    save(root / "latin" / f"{name}.png", draw(0, (16, 16), 4)[1])
+    for told_of in ("1 images to make", "all are there"):
+        done, told = sample("results", "--labels_dir", root / "latin")
+        assert done and told_of in told
+    assert os.listdir(root / "results" / "samples") == [f"{name}.png"]
+    (root / "latin" / f"{name}.png").rename(root / "latin" / "cafe.png")
+    done, told = sample("results", "--labels_dir", root / "latin")  # and can be told
+    assert done and "moved to" in told

@@ -5,6 +5,7 @@ Ours are the pictures that the record names, in `images/`, `labels/` and the fol
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -23,6 +24,15 @@ SET_ASIDE = "set_aside"
 _SAMPLES = re.compile(r"samples(_\d+)?")
 _PICTURES = tuple({*IMAGE_EXTENSIONS, *MAP_EXTENSIONS})
 _REMEDY = "choose another --results_path"
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Errors of the disk as CheckpointErrors with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise store.CheckpointError(f"cannot write {error.filename}: {error.strerror}; {_REMEDY}") from error
 
 
 class ResultsFolder:
@@ -122,24 +132,21 @@ class ResultsFolder:
 
     # -- writing and removing ------------------------------------------------------------------------------------------
 
+    @_writing()
     def open(self, folders: Iterable[str]) -> Any:
         """Makes the folder and the `folders` in it, and removes what killed writers left. Returns a lock to be held.
 
         :raises CheckpointError: it cannot be written, or another run has it.
         """
-        path = self.path
-        try:
+        os.makedirs(self.path, exist_ok=True)
+        held = store.lock(self.path, "results_path")
+        for name in ("", *folders):
+            path = os.path.join(self.path, name)
             os.makedirs(path, exist_ok=True)
-            held = store.lock(path, "results_path")
             store.remove_leftovers(path)
-            for name in folders:
-                path = os.path.join(self.path, name)
-                os.makedirs(path, exist_ok=True)
-                store.remove_leftovers(path)
-        except OSError as error:
-            raise store.CheckpointError(f"cannot write {path}: {error}; {_REMEDY}") from error
         return held
 
+    @_writing()
     def remove(self, names: Iterable[str], inputs: bool = False) -> None:
         """Removes the samples of the layouts `names`, which the record names, and with `inputs` what lies in `images`
         and `labels` as well."""
@@ -147,6 +154,7 @@ class ResultsFolder:
         for path in self._existing(names, folders):
             os.remove(path)
 
+    @_writing()
     def set_aside(self, names: Iterable[str]) -> str:
         """Moves all pictures of the layouts `names` out of the scorers' way; returns the folder that they are in now:
         `set_aside`, or `set_aside_2` and so on where one of the names is taken."""

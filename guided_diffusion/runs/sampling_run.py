@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..data.listing import some_names
+from ..data.listing import printable, some_names
 from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
@@ -314,7 +314,7 @@ class SampleRun:
             row = [colorize(label, self.dataset.spec.palette)]
             row += [self._open("images", name)] if self.dataset.has_images else []
             rows.append(row + [self._open(folder, name) for folder in shown])
-            names.append(name)
+            names.append(printable(name))
         legend = [(self.dataset.spec.class_names[i], self.dataset.spec.palette[i]) for i in sorted(present)]
         s = self.sampling
         steps = self.pipeline.diffusion(s.timestep_respacing, s.num_steps).num_timesteps
