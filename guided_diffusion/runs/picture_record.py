@@ -143,6 +143,8 @@ def read_record(path: str) -> dict[str, Any] | None:
         for name, entry in record.get("pictures", {}).items():
             if not is_plain(name) or not isinstance(entry, dict):
                 raise ValueError(f"pictures holds {name!r}: {str(entry)[:40]}")
+        if not _is_time(record["run"].get("made")):  # a figure alone: the pictures are not worth less without it
+            record["run"].pop("made", None)
         return record
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ConfigError(
@@ -159,8 +161,8 @@ def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     defaults = json.loads(json.dumps(defaults))
     differences = []
     for key in [*now, *(key for key in before if key not in now)]:
-        if key == "classes":  # names may change, and older records have none
-            differences += moved_classes(before.get(key) or (), now.get(key) or ())
+        if key == "classes" and _are_names(before.get(key, [])) and _are_names(now.get(key, [])):
+            differences += moved_classes(before.get(key, []), now.get(key, []))  # older records have none
             continue
         missing = None if key in _LAYOUTS else defaults.get(key)
         old, new = before.get(key, missing), now.get(key, missing)
@@ -176,4 +178,17 @@ def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
 
 def _folder(path: str) -> str:
     """One spelling for each folder."""
-    return os.path.realpath(path) if path and "://" not in path else path
+    try:
+        return os.path.realpath(path) if path and "://" not in path else path
+    except ValueError:  # in a record that was edited: no path at all
+        return path
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_time(made: Any) -> bool:
+    """Whether this says how many images took how many seconds."""
+    numbers = [made.get(part) for part in ("images", "seconds")] if isinstance(made, dict) else [None]
+    return all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers)
