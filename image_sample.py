@@ -4,15 +4,15 @@ mpiexec -n 8 python image_sample.py --model_path .../ema_0.9999_best.pt --s 1.5 
 """
 
 import dataclasses
-import os
 import sys
 
 from guided_diffusion import dist_util
 from guided_diffusion.hosts.numerics import set_numerics
-from guided_diffusion.image_datasets import holds_network_ids, open_dataset
 from guided_diffusion.pipeline import SDMPipeline
+from guided_diffusion.runs.picture_record import sampling_record
 from guided_diffusion.runs.plan_sampling import plan_sampling, pretended_pipeline
-from guided_diffusion.runs.sampling_run import SampleRun, sampling_record
+from guided_diffusion.runs.sampling_run import SampleRun
+from guided_diffusion.runs.splits import open_layouts
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import build_config, given_of, parse_flags
 from guided_diffusion.settings import (
@@ -57,26 +57,8 @@ def main() -> int:
         planning = dict(config=config, sampling=sampling, data=data, world=world, log=log)
         if plan.dry_run and not (config.model_path and (data.data_dir or config.labels_dir)):  # a plan does without
             return plan_sampling(plan, pipeline, None, **planning)
-        alone = config.labels_dir and "data_dir" not in flags and "dataset_mode" not in flags
-        dataset = open_dataset(
-            data_dir=data.data_dir,
-            dataset_mode=data.dataset_mode,
-            split=config.split,
-            image_size=pipeline.model_config.image_size,
-            num_classes=pipeline.model_config.num_classes,
-            use_instances=not pipeline.model_config.no_instance,
-            labels_dir=config.labels_dir or None,
-            training=False,
-            # Label maps alone mean what those of the training meant, wherever its data is now.
-            dataset_json=recorded.get("dataset_json") if recorded and alone else None,
-        )
-        results = config.labels_dir and holds_network_ids(config.labels_dir)
-        log(
-            f"layouts: {os.path.dirname(dataset.items[0].label)}"  # the split's folder may have another name
-            + (", of a results folder: its ids are taken as the network's" if results else "")
-        )
-        if dataset.has_instances == pipeline.model_config.no_instance:
-            raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
+        alone = bool(config.labels_dir) and "data_dir" not in flags and "dataset_mode" not in flags
+        dataset = open_layouts(config, data, pipeline.model_config, recorded or {}, alone=alone, log=log)
         pipeline.model.check_size(*dataset.shape)
         run = SampleRun(
             pipeline=pipeline,
@@ -84,6 +66,7 @@ def main() -> int:
             config=config,
             sampling=sampling,
             record=sampling_record(config, sampling, pipeline, dataclasses.asdict(data), dataset.spec),
+            inputs=[folder for folder in (config.labels_dir, "" if alone else data.data_dir) if folder],
             num_workers=data.num_workers,
             world=world,
             log=log,

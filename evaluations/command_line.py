@@ -103,11 +103,17 @@ def check_output(flag: str, path: Path | None) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, renamed to `path` if all went well and removed if not."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    """A temporary name beside `path` to write to, renamed to `path` if all went well and removed if not.
+
+    Raises EvaluationError if it cannot be written.
+    """
+    # Not the file's own name: with more letters it may be longer than a name can be.
+    temporary = path.with_name(f".sdm-{os.getpid()}.part{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise EvaluationError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -62,11 +62,24 @@ def frechet_distance(
 ) -> float:
     """Squared Frechet distance of two Gaussians, |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), equation 6 of 1706.08500.
 
-    Means are [dims], covariances [dims, dims], which may be singular.
+    Means are [dims], covariances [dims, dims], which may be singular. Raises ValueError where it is not finite.
     """
     difference = mean_1 - mean_2
     traces = np.trace(covariance_1) + np.trace(covariance_2)
-    return max(0.0, float(difference @ difference + traces - 2 * trace_of_root(covariance_1, covariance_2)))
+    distance = float(difference @ difference + traces - 2 * trace_of_root(covariance_1, covariance_2))
+    if not np.isfinite(distance):  # max would make 0 of NaN
+        raise ValueError(f"the distance is {distance}: the statistics are not finite, or too large")
+    return max(0.0, distance)
+
+
+def is_semidefinite(covariance: np.ndarray) -> bool:
+    """Whether a symmetric matrix [dims, dims] has no negative eigenvalue, up to the rounding of float32."""
+    tolerance = 1e-6 * max(np.trace(np.abs(covariance)), np.finfo(np.float64).tiny)
+    try:
+        np.linalg.cholesky(covariance + tolerance * np.eye(len(covariance)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def trace_of_root(covariance_1: np.ndarray, covariance_2: np.ndarray) -> float:

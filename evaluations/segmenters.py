@@ -11,6 +11,21 @@ from command_line import EvaluationError, Report
 from network_weights import file_sha256
 from torch import nn
 
+# Ends of file names that no model on a hub has: such a name is a file's, and mistyped where there is none.
+FILE_SUFFIXES = (
+    ".pt",
+    ".pth",
+    ".ts",
+    ".jit",
+    ".torchscript",
+    ".onnx",
+    ".bin",
+    ".safetensors",
+    ".ckpt",
+    ".zip",
+    ".json",
+)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
@@ -52,6 +67,11 @@ def load_segmenter(
     Mean and deviation of the input, if not given, are the model's own where it states them, else ImageNet's. Raises
     EvaluationError if there is no such network.
     """
+    path_like = name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name
+    if not Path(name).exists() and (path_like or Path(name).suffix.lower() in FILE_SUFFIXES):
+        raise EvaluationError(
+            f"--segmenter {name}: no such file or folder, and no name of a model on a hub, which is like owner/model"
+        )
     if Path(name).is_file():
         network, stated, record = _load_torchscript(Path(name), device)
     else:

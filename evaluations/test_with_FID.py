@@ -31,10 +31,10 @@ from command_line import (
     run,
     written_whole,
 )
-from frechet import FeatureStatistics, frechet_distance, kernel_distance
+from frechet import FeatureStatistics, frechet_distance, is_semidefinite, kernel_distance
 from inception import INPUT_SIZE, STAGES, InceptionFeatures, build_network
 from network_weights import RANDOM, PublishedWeights, Weights, fill_network, find_weights
-from result_folders import FILTERS, CheckedImages, check_images, list_images, load_rgb, read_images, shown
+from result_folders import FILTERS, CheckedImages, by_name, check_images, list_images, load_rgb, read_images, shown
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -48,6 +48,7 @@ INCEPTION_WEIGHTS = PublishedWeights(
     sha256="6726825d",
 )
 SAMPLING_RECORD = "sampling.json"  # image_sample.py writes it into its results folder
+LARGEST = 1e100  # of a statistic: sums of its squares stay within float64
 FEW_IMAGES = 2048  # with fewer images than dimensions the covariance is singular, and the distance well above its limit
 
 
@@ -137,19 +138,19 @@ def open_source(
 def read_statistics(path: Path, dims: int, protocol: dict[str, str], report: Report) -> Source:
     """Statistics from an .npz file with `mu` and `sigma`, as --save_stats and pytorch-fid write them.
 
-    Raises EvaluationError if they are missing, of another size, not finite, or were made by another protocol.
+    Raises EvaluationError if they are missing, of another size, no mean and covariance, or made by another protocol.
     """
     if not path.is_file():
         raise EvaluationError(f"{path}: no such file of statistics")
     try:
-        with np.load(path) as archive:
+        with zipfile.ZipFile(path), np.load(path) as archive:  # of a renamed .npy, numpy would make an array
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise OSError, ValueError, EOFError, zlib.error and more
         raise EvaluationError(f"{path}: not a readable .npz file ({error})") from error
     if not {"mu", "sigma"} <= arrays.keys():
         raise EvaluationError(f"{path}: needs the arrays mu and sigma, holds {shown(sorted(arrays)) or 'none'}")
     mean, covariance = arrays["mu"], arrays["sigma"]
-    if not all(np.issubdtype(array.dtype, np.number) for array in (mean, covariance)):
+    if not all(array.dtype.kind in "iuf" for array in (mean, covariance)):
         raise EvaluationError(f"{path}: mu and sigma should be numbers, are {mean.dtype} and {covariance.dtype}")
     mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
     if mean.ndim != 1 or covariance.shape != mean.shape * 2:
@@ -160,14 +161,16 @@ def read_statistics(path: Path, dims: int, protocol: dict[str, str], report: Rep
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise EvaluationError(f"{path}: the statistics hold values that are not finite; make them again")
     scale = np.abs(covariance).max()
-    if (np.diag(covariance) < 0).any() or not np.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * scale):
-        raise EvaluationError(f"{path}: sigma is no covariance: not symmetric, or negative on its diagonal")
+    if max(np.abs(mean).max(), scale) > LARGEST:
+        raise EvaluationError(f"{path}: the statistics hold values beyond {LARGEST:g}, which no features have")
+    if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * scale) or not is_semidefinite(covariance):
+        raise EvaluationError(f"{path}: sigma is no covariance: not symmetric, or with negative eigenvalues")
     if "protocol" not in arrays:
         report.warn(f"{path} does not say how it was made; see that preprocessing and weights were the same")
         return Source(path, mean=mean, covariance=covariance)
     try:
         record = json.loads(str(arrays["protocol"]))
-        missing = {"preprocessing", "weights"} - record.keys()
+        missing = {name for name in ("preprocessing", "weights") if not isinstance(record.get(name), str)}
     except (ValueError, AttributeError, RecursionError) as error:
         raise EvaluationError(f"{path}: its protocol is no JSON record ({error}); make the file again") from error
     if missing:
@@ -311,6 +314,8 @@ def main() -> None:
     check_output("--save_stats", arguments.save_stats)
     device = choose_device(arguments.device)
     listed = {path: list_images(path) for path in paths if path.suffix != ".npz" or path.is_dir()}
+    for images in listed.values():
+        by_name(images)  # p0.png and p0.bmp would count one picture twice
     check_names(listed, report)
     if arguments.kid and len(listed) != len(paths):
         raise EvaluationError("--kid True needs folders of images: statistics do not hold the single features")

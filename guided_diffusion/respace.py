@@ -57,7 +57,7 @@ def trailing_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def _whole(text: str, option: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not (text.isascii() and text.strip().isdigit()) or int(text) < 1:  # "²" is a digit, too, but no number
         raise ValueError(f"timestep_respacing {option!r}: {text!r} is not a positive whole number")
     return int(text)
 

@@ -19,6 +19,8 @@ from typing import Any
 from .resample import SCHEDULE_SAMPLERS
 from .sampling.solvers import SAMPLERS
 
+MOST_GUIDANCE = 1000.0  # far beyond any use; what is larger leaves the range of float32 in the steps
+
 
 class ConfigError(ValueError):
     """A setting is unknown, malformed, or contradicts another; the message names both values."""
@@ -233,8 +235,10 @@ class Sampling:
         self._check_sampling()
 
     def _check_sampling(self) -> None:
-        if not math.isfinite(self.s):
-            raise ConfigError(f"s must be a finite number; got {self.s} (1 or less: no guidance)")
+        if not abs(self.s) <= MOST_GUIDANCE:  # nor is NaN
+            raise ConfigError(
+                f"s must be a finite number, at most {MOST_GUIDANCE:g}; got {self.s:g} (1 or less: no guidance)"
+            )
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         low, high = self.guidance_interval

@@ -386,6 +386,98 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
 
 
+@pytest.mark.parametrize("kind", ["link", "second name", "text", "folder"])
+def test_a_lock_that_is_somebody_s_file_is_not_replaced(tmp_path, kind):
+    theirs, lock = tmp_path / "theirs.txt", tmp_path / "run" / ".lock"
+    lock.parent.mkdir()
+    theirs.write_text("my own words")
+    if kind == "link":
+        lock.symlink_to(theirs)
+    elif kind == "second name":
+        theirs.write_text("process 7, as I described it to my colleagues")  # as a lock file begins
+        os.link(theirs, lock)
+    elif kind == "text":
+        lock.write_text("a note")
+    else:
+        lock.mkdir()
+    before = theirs.read_text()
+    with pytest.raises(CheckpointError, match=r"\.lock is a link, or no lock file of ours.*another --logdir"):
+        store.lock(str(lock.parent))
+    assert theirs.read_text() == before and (kind != "text" or lock.read_text() == "a note")
+
+
+def test_a_lock_that_leads_nowhere_makes_no_file(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"\.lock is a link"):
+        store.lock(str(tmp_path))
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def hostile_names(tmp_path) -> dict[str, dict]:
+    """Names that a manifest of step 5 must not have removed, each of a file that is there."""
+    (tmp_path / "other").mkdir()
+    names = ["../other/model000005.pt", "notes.txt", "config.json", "best.json", "ema_0.9_best.pt", "model000010.pt"]
+    names += ["model1000005.pt"]
+    names += [str(tmp_path / "other" / "ema_0.9_000005.pt")]
+    for name in names:
+        if not (tmp_path / "run" / name).exists():
+            (tmp_path / "run" / name).write_text("theirs")
+    return {name: {} for name in [*names, "..", ".", "", "/"]}
+
+
+def test_prune_removes_the_set_s_own_files_only(tmp_path):
+    (tmp_path / "run").mkdir()
+    for step in (5, 10):
+        save(tmp_path / "run", step)
+    manifest = tmp_path / "run" / "checkpoint000005.json"
+    content = json.loads(manifest.read_text())
+    content["files"] |= hostile_names(tmp_path)
+    manifest.write_text(json.dumps(content))
+    before = {str(path) for path in tmp_path.rglob("*")}
+    store.prune(str(tmp_path / "run"), 1, 10)
+    gone = sorted(os.path.basename(path) for path in before - {str(path) for path in tmp_path.rglob("*")})
+    assert gone == ["checkpoint000005.json", "ema_0.9_000005.pt", "model000005.pt", "opt000005.pt"]
+    assert (tmp_path / "other" / "ema_0.9_000005.pt").exists()
+
+
+@pytest.mark.parametrize("files", [None, 5, "model.pt", [1, None, {}], {"../x": 1}, [["model000005.pt"]]])
+def test_prune_and_leftovers_take_any_list_of_files(tmp_path, files):
+    for step in (5, 10):
+        save(tmp_path, step)
+    for name in ("checkpoint000005.json", ".checkpoint000007.json.part"):
+        (tmp_path / name).write_text(json.dumps({"step": 5, "files": files}))
+    store.prune(str(tmp_path), 1, 10)
+    store.remove_leftovers(str(tmp_path))
+    assert (tmp_path / "model.pt").exists() and (tmp_path / "model000005.pt").exists()  # a stray file at worst
+    assert newest(tmp_path) == (10, [])
+
+
+def test_leftovers_of_a_save_are_the_set_s_own_files_only(tmp_path):
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run", 10)
+    note = tmp_path / "run" / ".checkpoint000005.json.part"
+    note.write_text(json.dumps({"files": list(hostile_names(tmp_path))}))
+    before = {str(path) for path in tmp_path.rglob("*")}
+    store.remove_leftovers(str(tmp_path / "run"))
+    assert before - {str(path) for path in tmp_path.rglob("*")} == {str(note)}
+
+
+def test_leftovers_are_known_by_our_mark(tmp_path):
+    theirs = [".download.part", "notes.tmp7", ".scene.png.part", "film.part", ".sdm-notes.part", ".sdm-0123456789ab"]
+    ours = [".sdm-0123456789ab.part", "model000005.pt.tmp4711", ".scene0.png.a_b1c2d3.part", "best.json.tmp1"]
+    for name in (*theirs, *ours):
+        (tmp_path / name).write_text("x")
+    store.remove_leftovers(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted(theirs)
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path):
+    store.write_json(str(tmp_path / ("x" * 250 + ".json")), {"a": 1})
+    (tmp_path / "source").write_text("x")
+    store.publish(str(tmp_path / "source"), str(tmp_path / ("y" * 255)))
+    assert sorted(len(name) for name in os.listdir(tmp_path)) == [6, 255, 255]
+
+
 def test_best_with_losses_that_are_not_numbers_or_not_measured(tmp_path):
     assert save(tmp_path, 1, losses={"0.9": float("nan")}) == RATES  # better than no file at all
     assert save(tmp_path, 2, losses={"0.9": 0.5}) == RATES

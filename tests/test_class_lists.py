@@ -10,7 +10,7 @@ from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 from training_helpers import flags
 
 import image_train
-from guided_diffusion.data.class_lists import class_record, recorded_classes
+from guided_diffusion.data.class_lists import changed_meaning, check_same_meaning, class_record, recorded_classes
 from guided_diffusion.data.specs import DataError, get_spec, read_classes
 from guided_diffusion.pipeline import SDMPipeline
 
@@ -88,3 +88,45 @@ def test_a_published_checkpoint_knows_no_names(tmp_path):
     (tmp_path / "config.json").unlink()
     pipeline = SDMPipeline.from_checkpoint(path, **SETTINGS)
     assert pipeline.class_names is None and pipeline.palette is None and pipeline.model_config == MODEL
+
+
+def meanings(before: dict, now: dict, num_classes: int = 4) -> list[str]:
+    return changed_meaning(*(get_spec("custom", None, num_classes, content) for content in (before, now)))
+
+
+@pytest.mark.parametrize(
+    "before,now,differences",
+    [
+        ({"remap": {"0": 3, "3": 0}}, {"remap": {"3": 0, "0": 3}}, 0),
+        ({"remap": {"7": 1}}, {"remap": {"7": 2}}, 1),
+        ({"remap": {"7": 1}}, {}, 0),  # 7 is an error now where it occurs
+        ({}, {"remap": {"7": 1}}, 0),  # 7 was one
+        ({}, {"remap": {"0": 1, "1": 0}}, 2),
+        ({}, {"crop": "keep_aspect", "exif": "apply", "instances": False, "label_scale": True}, 0),
+        ({"classes": ["a", "b", "c"]}, {"classes": ["A", "b", "c", "d"]}, 0),
+        ({"classes": ["a", "b", "c"]}, {"classes": ["a", "c", "b"]}, 2),
+        ({"classes": ["a", "b", "c"], "ignore_id": 255}, {"classes": ["a", "b", "c"], "ignore_id": 254}, 0),
+        ({"classes": ["a", "b", "c"], "ignore_id": 255}, {"classes": ["a", "b"], "ignore_id": 255}, 3),
+        ({"grey": True}, {"grey": False}, 1),
+        ({"grey": False}, {}, 0),
+    ],
+)
+def test_what_changes_the_meaning_of_ids(before, now, differences):
+    assert len(meanings(before, now)) == differences
+    if differences:
+        with pytest.raises(DataError, match=r"^here contradicts the training"):
+            check_same_meaning(before, now, 4, "here")
+    else:
+        check_same_meaning(before, now, 4, "here")
+
+
+def test_colours_that_changed_places():
+    def colored(names, encoding="colors", first=10):
+        classes = [{"name": name, "color": [first * (ord(name) - 96), 0, 0]} for name in names]
+        return {"classes": classes, "label_encoding": encoding}
+
+    assert meanings(colored("abcd"), colored("abcd")) == []
+    told = meanings(colored("abcd"), colored("bacd"))
+    assert "color (10, 0, 0) meant class 0, now 1" in told and "classes: 'a' was class 0, now 1" in told
+    assert meanings(colored("abcd", "ids"), colored("abcd", "ids", 11)) == []  # for display alone
+    assert meanings(colored("abcd", "ids"), colored("abcd")) == ["label_encoding: ids then, colors now"]

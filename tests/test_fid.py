@@ -366,14 +366,61 @@ def test_statistics_files_that_do_not_fit(folders, tmp_path):
         (saved("lacking.npz", **good, protocol="{}"), "its protocol lacks preprocessing, weights"),
         (saved("nan.npz", mu=good["mu"] * np.nan, sigma=good["sigma"]), "not finite"),
         (tmp_path / "none.npz", "no such file"),
+        (saved("nothing.npz", mu=np.zeros(0), sigma=np.zeros((0, 0))), "statistics of 0 dimensions"),
+        (saved("infinite.npz", mu=good["mu"], sigma=np.diag([np.inf] * 64)), "not finite"),
+        (saved("huge.npz", mu=np.full(64, 1e200), sigma=np.eye(64)), "values beyond 1e.100"),
+        (saved("complex.npz", mu=good["mu"] + 1j, sigma=np.eye(64)), "should be numbers"),
+        # Each pair of features by itself could be: only the eigenvalue 1 - 0.5 * 63 shows that no features have this.
+        (saved("indefinite.npz", mu=good["mu"], sigma=1.5 * np.eye(64) - 0.5), "negative eigenvalues"),
+        (saved("listed.npz", **good, protocol='{"preprocessing": [], "weights": 3}'), "lacks preprocessing, weights"),
     ]
+    np.save(tmp_path / "array.npy", np.eye(64))
+    (tmp_path / "array.npy").rename(tmp_path / "renamed.npz")
     (tmp_path / "text.npz").write_text("no archive")
-    cases.append((tmp_path / "text.npz", "not a readable .npz file"))
+    (tmp_path / "bytes.npz").write_bytes(b"")
+    content = bytearray(saved("damaged.npz", **good).read_bytes())
+    content[200:4000] = bytes(3800)
+    (tmp_path / "damaged.npz").write_bytes(content)
+    cases += [
+        (tmp_path / f"{name}.npz", "not a readable .npz file") for name in ("renamed", "text", "bytes", "damaged")
+    ]
     for path, message in cases:
         with fails(f"{path.name}.*{message}"):
             call("test_with_FID", folders[0], path, *RANDOM)
     with fails("--kid True needs folders"):
         call("test_with_FID", folders[0], saved("good.npz", **good), *RANDOM, "--kid", "True")
+
+
+def test_one_picture_in_two_formats_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "images")
+    with Image.open(folder / "000.png") as image:
+        image.save(folder / "000.bmp")
+    with fails("000.png and 000.bmp have the same name"):
+        call("test_with_FID", folders[0], folder, *RANDOM)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_distance_that_is_no_number_is_no_distance_of_zero():
+    frechet = load_script("frechet")
+    with pytest.raises(ValueError, match="the distance is"):
+        frechet.frechet_distance(np.full(2, 1e200), np.eye(2), np.zeros(2), np.eye(2))
+
+
+@pytest.mark.parametrize("flag", ["--json", "--save_stats"])
+def test_a_folder_where_a_file_is_to_be_named(folders, tmp_path, flag):
+    (tmp_path / "here.npz").mkdir()
+    sources = folders if flag == "--json" else folders[:1]
+    with fails(f"{flag} .*here.npz: is a folder; name a file"):
+        call("test_with_FID", *sources, *RANDOM, flag, tmp_path / "here.npz")
+
+
+def test_a_report_of_a_long_name_and_one_that_cannot_be_written(tmp_path):
+    command_line = load_script("command_line")
+    with command_line.written_whole(tmp_path / ("r" * 250 + ".json")) as temporary:
+        temporary.write_text("{}")
+    with fails("cannot write .*r.json: .*no space"), command_line.written_whole(tmp_path / "r.json"):
+        raise OSError("no space left on device")
+    assert [len(path.name) for path in tmp_path.iterdir()] == [255]
 
 
 def test_flags_that_do_not_fit(folders, tmp_path):

@@ -271,6 +271,16 @@ def test_a_network_that_answers_with_a_tuple(results, three_classes, torchscript
         score(results, "--num_classes", 3, segmenter=tmp_path / "name.pt")
 
 
+@pytest.mark.parametrize(
+    "name", ["x.pt", "run/x.pt", "./segformer", "/nowhere/segformer", "out/run/segformer", "a.ONNX"]
+)
+def test_a_mistyped_file_is_not_looked_for_on_a_hub(results, name, monkeypatch):
+    segmenters = load_script("segmenters")
+    monkeypatch.setattr(segmenters, "_load_hugging_face", lambda *_: pytest.fail("went looking on a hub"))
+    with fails("no such file or folder"):
+        score(results, "--num_classes", CLASSES, segmenter=name)
+
+
 def test_hugging_face_segmenter(results, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -337,7 +347,9 @@ def test_folders_and_segmenters_that_are_missing(results, tmp_path):
     with fails("labels: no such folder"):
         score(results, "--num_classes", CLASSES, "--labels", "nowhere/labels")
     with fails("neither a folder of label maps, nor a TorchScript file, nor a Hugging Face"):
-        score(results, "--num_classes", CLASSES, segmenter=tmp_path / "nowhere")
+        (tmp_path / "nothing").mkdir()
+        (tmp_path / "nothing" / "config.json").write_text("{}")
+        score(results, "--num_classes", CLASSES, segmenter=tmp_path / "nothing")
     (tmp_path / "text.pt").write_text("no network")
     with fails("text.pt: not a TorchScript file"):
         score(results, "--num_classes", CLASSES, segmenter=tmp_path / "text.pt")

@@ -78,6 +78,16 @@ def test_save_png_replaces_whole_files_only(tmp_path, monkeypatch):
     assert np.array_equal(Image.open(path), RED) and os.listdir(path.parent) == ["a.png"]
 
 
+def test_a_name_as_long_as_the_file_system_takes_and_a_link_of_that_name(tmp_path):
+    save_png(RED, tmp_path / ("x" * 251 + ".png"))
+    theirs = tmp_path / "theirs.txt"
+    theirs.write_text("my own words")
+    (tmp_path / "a.png").symlink_to(theirs)
+    save_png(RED, tmp_path / "a.png")
+    assert theirs.read_text() == "my own words" and np.array_equal(Image.open(tmp_path / "a.png"), RED)
+    assert len(os.listdir(tmp_path)) == 3
+
+
 def test_a_writer_has_written_all_when_it_is_left(tmp_path):
     with PictureWriter() as writer:
         for i in range(300):  # more than may wait

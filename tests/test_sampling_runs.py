@@ -110,7 +110,7 @@ def test_a_folder_whose_config_says_nothing_of_data(root, two_ranks, tmp_path, m
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"images": {}, "run": {}, "run": {}}'])
 def test_a_record_of_a_results_folder_that_is_damaged_is_named(root, tmp_path, monkeypatch, content):
     (tmp_path / "sampling.json").write_text(content)
-    refused(monkeypatch, root, tmp_path, r"sampling\.json is damaged .*; --overwrite True makes the images again")
+    refused(monkeypatch, root, tmp_path, r"sampling\.json is damaged.*; restore it, or choose another --results_path")
 
 
 @pytest.mark.parametrize("part", ['"training": []', '"data": []', '"data": {"num_workers": "two"}', '"classes": 5'])
@@ -149,7 +149,7 @@ def test_a_run_goes_on_where_it_stopped(root, two_ranks):
     before = {name: (samples / f"{name}.png").read_bytes() for name in ("scene1", "scene3")}
     kept = (samples / "scene0.png").stat().st_mtime_ns
     (samples / "scene1.png").unlink()
-    (samples / "scene3.png").rename(samples / ".scene3.png.abc1.part")  # as a killed writer leaves it
+    (samples / "scene3.png").rename(samples / ".sdm-0123456789ab.part")  # as a killed writer leaves it
     (root / "again" / "labels" / "scene0.png").unlink()
     result = sample(root, "again", "--batch_size", "1")
     assert (root / "again" / "labels" / "scene0.png").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from .specs import DATASET_MODES, DataError, DatasetSpec, get_spec, json_classes
 
 CLASSES_KEY = "classes"  # of config.json
+_SHOWN = 3  # differences of one kind in a message
 
 
 def class_record(spec: DatasetSpec) -> list[dict[str, Any]]:
@@ -45,3 +46,51 @@ def recorded_classes(
     else:
         return None
     return spec.class_names, spec.palette
+
+
+def check_same_meaning(recorded: dict[str, Any], now: dict[str, Any], num_classes: int | None, where: str) -> None:
+    """Compares `dataset.json` as a training recorded it (`dataset_json` of its config) with one that its network is to
+    be used with, `where` naming the latter. Other names and colours for display are welcome.
+
+    Raises DataError where ids, colours or pictures mean something else than they did, or where one of them is wrong.
+    """
+    differences = changed_meaning(
+        get_spec("custom", None, num_classes, recorded), get_spec("custom", None, num_classes, now)
+    )
+    if differences:
+        raise DataError(
+            f"{where} contradicts the training of the checkpoint, whose config.json has another dataset_json: "
+            f"{'; '.join(differences)}; give the data the meaning that it had in training, or use another checkpoint"
+        )
+
+
+def changed_meaning(before: DatasetSpec, now: DatasetSpec) -> list[str]:
+    """How the meaning of label maps and photographs differs between two records of one network's data: a phrase for
+    each difference, [] where there is none. An id or colour without a meaning in one of them (an error where it
+    occurs) is no difference; neither is a new name for a class, but a name that has moved to another one is."""
+    differences = []
+    encodings = ["ids" if spec.label_colors is None else "colors" for spec in (before, now)]
+    if encodings[0] != encodings[1]:
+        differences.append(f"label_encoding: {encodings[0]} then, {encodings[1]} now")
+    elif now.label_colors is None:
+        old, new = (spec.lookup_table(1 << 16) for spec in (before, now))
+        moved = np.flatnonzero((old != new) & (old >= 0) & (new >= 0))
+        differences += [f"remap: the stored id {i} meant class {old[i]}, now {new[i]}" for i in moved[:_SHOWN]]
+    else:
+        old, new = ({tuple(c): i for i, c in enumerate(spec.label_colors.tolist())} for spec in (before, now))
+        moved = [color for color in old if new.get(color, old[color]) != old[color]]
+        differences += [f"color {color} meant class {old[color]}, now {new[color]}" for color in moved[:_SHOWN]]
+    if before.ignore_class != now.ignore_class:
+        ignored = ["none" if spec.ignore_class is None else spec.ignore_class for spec in (before, now)]
+        differences.append(f"ignore_id: unlabelled pixels were class {ignored[0]}, now {ignored[1]}")
+    differences += moved_classes(before.class_names, now.class_names)
+    if before.grey != now.grey:
+        differences.append(f"grey: {before.grey} then, {now.grey} now")
+    return differences
+
+
+def moved_classes(before: Sequence[str], now: Sequence[str]) -> list[str]:
+    """A phrase for each class name (up to a few) that both lists have and that stands for another id in the second."""
+    places = {name: i for i, name in enumerate(now)}
+    moved = [(name, i, places[name]) for i, name in enumerate(before) if places.get(name, i) != i]
+    return [f"classes: {name!r} was class {old}, now {new}" for name, old, new in moved[:_SHOWN]]

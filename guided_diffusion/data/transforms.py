@@ -223,8 +223,9 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
     """
     image = open_map(path, "label map", of_ids=spec.label_colors is None)
     if spec.label_colors is not None:
-        return _ids_from_colors(image, path, spec), spec.lookup_table(256 if spec.num_classes <= 256 else 65536)
-    if image.mode in ("L", "P", "1"):
+        image = _ids_from_colors(image, path, spec)
+        present, table = np.unique(np.asarray(image)), spec.lookup_table(256 if image.mode == "L" else 65536)
+    elif image.mode in ("L", "P", "1"):
         if image.mode != "L":
             image = Image.fromarray(np.asarray(image).astype(np.uint8))
         present = np.flatnonzero(image.histogram())
@@ -261,6 +262,12 @@ def check_sizes(
 
 
 def _refuse_ids(path: str, spec: DatasetSpec, ids: np.ndarray) -> None:
+    if spec.label_colors is not None:
+        shown = ", ".join(str(tuple(color)) for color in spec.label_colors[ids].tolist()[:5])
+        raise DataError(
+            f"the label map {path} has colours of classes beyond num_classes {spec.num_classes}: {shown}; "
+            f"dataset.json names {len(spec.label_colors)} classes: raise --num_classes, or remove those from the map"
+        )
     known = f"the classes are 0 ({spec.class_names[0]}) to {spec.num_classes - 1} ({spec.class_names[-1]})"
     if spec.name == "custom":
         remedy = 'raise --num_classes, or in dataset.json name an "ignore_id" or a "remap"'

@@ -1,11 +1,13 @@
 """Pictures for people: coloured layouts, contact sheets, and a save that never leaves half a file."""
 
+import contextlib
 import os
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..data.own_files import temporary_path
 
 _PAPER, _INK, _FAINT, _FRAME = (255, 255, 255), (28, 32, 38), (110, 116, 126), (222, 225, 230)
 
@@ -24,22 +26,21 @@ def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def save_png(image: Image.Image | np.ndarray, path: str | os.PathLike) -> None:
-    """Writes a PNG under a temporary name in the same folder (made where missing), then renames it into place."""
+    """Writes a PNG under a temporary name in the same folder (made where missing), then renames it into place.
+
+    A link of that name is replaced, what it points to is not. Raises OSError where it cannot be written.
+    """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".part")
+    temporary = temporary_path(path)
+    os.makedirs(os.path.dirname(temporary), exist_ok=True)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             picture.save(file, format="PNG")
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for everyone the umask allows
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
 

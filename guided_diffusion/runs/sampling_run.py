@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ..data.json_text import parse_json
-from ..data.listing import some_names
-from ..data.specs import DatasetSpec
+from ..data.listing import printable, some_names
+from ..data.specs import DataError
 from ..dist_util import World
-from ..image_datasets import SAMPLING_RECORD, LayoutDataset, sampling_batches
+from ..image_datasets import LayoutDataset, sampling_batches
 from ..logger import progress_bar
 from ..pipeline import Keeping, SDMPipeline, image_seed
 from ..sampling.loop import Moment
-from ..settings import ConfigError, SampleConfig, Sampling, binding_settings
+from ..settings import ConfigError, SampleConfig, Sampling
 from ..weights import store
+from .picture_record import Entry, Look, entry_of, input_pictures, settings_differences
 from .pictures import colorize, contact_sheet, save_png
+from .results_folder import ResultsFolder
 from .stop_signals import StopSignals
 from .writer import PictureWriter
 
 OVERVIEW_ROWS = 8
 OVERVIEW_SAMPLES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run has to do: the samples to make by layout, the layouts whose label map or photograph alone is to be
+    written, and what each layout's pictures are made from."""
+
+    todo: dict[int, list[int]]
+    inputs: list[int]
+    entries: list[Entry]
 
 
 class _Stopped(Exception):
@@ -43,7 +51,8 @@ class SampleRun:
     """Samples the layouts of `dataset` into `config.results_path`.
 
     `images/NAME.png` is the photograph at the sampled size, `labels/NAME.png` the ids, `samples/NAME.png` the image
-    (`samples_00/` ... with several per layout). A file is there whole or not at all; what is there is not made again.
+    (`samples_00/` ... with several per layout). A file is there whole or not at all; what is there, and was made from
+    what the data holds now (`picture_record`), is not made again.
     """
 
     def __init__(
@@ -54,13 +63,16 @@ class SampleRun:
         config: SampleConfig,
         sampling: Sampling,
         record: dict[str, Any],
+        inputs: Sequence[str] = (),
         num_workers: int,
         world: World,
         log: Callable[[str], None],
     ):
+        """record: what `sampling_record` makes. inputs: folders that the run reads, besides those of the data's files;
+        the results folder must lie apart from them."""
         self.pipeline, self.dataset, self.config, self.sampling = pipeline, dataset, config, sampling
         self.record, self.num_workers, self.world, self.log = record, num_workers, world, log
-        self.folder = config.results_path
+        self.folder, self.results, self.inputs = config.results_path, ResultsFolder(config.results_path), inputs
         self.layouts = min(config.num_samples, len(dataset))
         self.several = config.samples_per_layout > 1
         digits = max(2, len(str(config.samples_per_layout - 1)))
@@ -72,10 +84,12 @@ class SampleRun:
         """Makes what is missing; a signal ends it in order, between two steps. Returns whether all is there. A
         collective.
 
-        :raises ConfigError: the folder holds images made in another way. :raises DataError: a bad label map.
+        :raises ConfigError: the folder holds images made in another way, or files that are not ours to replace.
+        :raises DataError: a bad label map.
         :raises CheckpointError: the folder cannot be written.
         """
-        todo, inputs = self.world.on_main(self._prepare)
+        plan = self.world.on_main(self._prepare)
+        todo, self.entries = plan.todo, plan.entries
         count = sum(len(indices) for indices in todo.values())
         self.log(
             f"{count} images to make of {self.layouts} layouts"
@@ -96,7 +110,7 @@ class SampleRun:
                 if signals.number:
                     raise _Stopped
 
-            self._restore_inputs(inputs[self.world.rank :: self.world.size])
+            self._restore_inputs(plan.inputs[self.world.rank :: self.world.size])
             for pairs, batch in zip(batches, self._read(batches), strict=True):
                 self._make(pairs, batch, on_step)
                 done += len(pairs)
@@ -130,104 +144,98 @@ class SampleRun:
 
     # -- before -------------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> tuple[dict[int, list[int]], list[int]]:
-        """Checks the folder and the layouts. Returns the samples to make, by layout, and the layouts whose samples are
-        there but whose label map or photograph is not. On rank 0."""
-        path = self.folder
-        try:
-            os.makedirs(path, exist_ok=True)
-            self._lock = store.lock(path, "results_path")  # held until the process ends
-            for name in ("images", "labels", *self.sample_folders):
-                path = os.path.join(self.folder, name)
-                if name != "images" or self.dataset.has_images:
-                    os.makedirs(path, exist_ok=True)
-                store.remove_leftovers(path)
-        except OSError as error:
-            raise store.CheckpointError(f"cannot write {path}: {error}; choose another --results_path") from error
-        afresh = self._check_record()
-        changed = self._check_layouts()
+    def _prepare(self) -> Plan:
+        """Checks the folder and the layouts, and writes the record. On rank 0."""
+        results, names, everything = self.results, self.dataset.names[: self.layouts], set(self.dataset.names)
+        files = (path for item in self.dataset.items for path in (item.label, item.image, item.instance) if path)
+        results.check_apart([*self.inputs, *files])
+        results.read_record()  # nothing is written, not even a lock, into a folder that is not ours
+        folders = ["labels", *(["images"] if self.dataset.has_images else []), *self.sample_folders]
+        self._lock = results.open(folders)  # held until the process ends
+        before = results.read_record()
+        afresh = before is not None and self._check_settings(before)
+        recorded = before["pictures"] if before else {}
+        results.check_vacant(names, recorded, folders)
+        looks = self._look()
+        changed = [] if afresh else self._changed(recorded, looks)
+
+        gone = [name for name in recorded if name not in everything]
+        if gone and (target := results.set_aside(gone)):
+            self._tell(f"moved to {target}, because they are no layouts of this run any more", gone)
+        kept = {name: entry for name, entry in recorded.items() if name in everything}
         if afresh:  # all of them: what remains must not pass for having been made with these settings
-            self._remove_samples()
-        elif changed:
-            names = [self.dataset.names[layout] for layout in changed]
-            self.log(f"sampled again, because their layouts have changed: {some_names(names)} ({len(names)} in all)")
-            self._remove_samples({f"{name}.png" for name in names})
+            results.remove(kept, inputs=True)
+            kept = {}
+        results.remove(changed)
+        if strangers := results.strangers(everything | recorded.keys()):
+            self._tell("note: pictures of no layout of this run, which scorers count; move them away", strangers)
         if self.config.overwrite:  # until it is done: a start after a stop goes on
             self.record["run"]["overwriting"] = True
-        todo = {}
-        for layout, name in enumerate(self.dataset.names[: self.layouts]):
-            missing = [
-                i for i, folder in enumerate(self.sample_folders) if not os.path.exists(self._path(folder, name))
-            ]
+        self.record["pictures"] = kept | {name: look.entry for name, look in zip(names, looks, strict=True)}
+        store.write_json(results.record_path, self.record)
+        todo, inputs = {}, []
+        for layout, (name, look) in enumerate(zip(names, looks, strict=True)):
+            missing = range(len(self.sample_folders)) if afresh or name in changed else look.missing_samples()
             if missing:
-                todo[layout] = missing
-        store.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
-        kinds = ["labels", *(["images"] if self.dataset.has_images else [])]
-        inputs = [
-            layout
-            for layout, name in enumerate(self.dataset.names[: self.layouts])
-            if layout not in todo and not all(os.path.exists(self._path(kind, name)) for kind in kinds)
-        ]
-        return todo, inputs
+                todo[layout] = list(missing)
+            elif not look.inputs_agree():
+                inputs.append(layout)
+        return Plan(todo, inputs, [look.entry for look in looks])
 
-    def _check_record(self) -> bool:
-        """Compares with what made the samples that are there. Returns whether they are to be made afresh."""
-        path, overwrite = os.path.join(self.folder, SAMPLING_RECORD), self.config.overwrite
-        if not os.path.exists(path):
-            return overwrite
-        try:
-            with open(path, "rb") as file:
-                record = parse_json(file.read())
-            before, run = dict(record["images"]), dict(record["run"])
-        except (ValueError, KeyError, TypeError) as error:
-            if overwrite:
-                return True
-            raise ConfigError(
-                f"{path} is damaged ({type(error).__name__}: {error}); --overwrite True makes the images again"
-            ) from error
-        now = json.loads(json.dumps(self.record["images"]))
-        differences = [
-            f"{key}: {before[key]!r} there, {now[key]!r} now"
-            for key in now
-            if key in before and _comparable(key, before[key]) != _comparable(key, now[key])
-        ]
-        if overwrite and (differences or "overwriting" not in run):
+    def _check_settings(self, before: dict[str, Any]) -> bool:
+        """Compares with what made the samples that are there. Returns whether all are to be made afresh."""
+        differences = settings_differences(before["images"], self.record["images"])
+        if self.config.overwrite and (differences or "overwriting" not in before["run"]):
             return True
         if differences:
             raise ConfigError(
                 f"{self.folder} holds images made with other settings ({'; '.join(differences)}); choose another "
                 "--results_path, or --overwrite True to make them again"
             )
-        self.record["run"] |= {"made": run["made"]} if "made" in run else {}
+        self.record["run"] |= {"made": before["run"]["made"]} if "made" in before["run"] else {}
         return False
 
-    def _check_layouts(self) -> list[int]:
-        """Reads every layout and photograph: what is wrong is found before the first image is made. Returns the layouts
-        that are not the ones in `labels/`, from which samples may have been made."""
+    def _look(self) -> list[Look]:
+        """Reads every layout, photograph and sample: what is wrong is found before the first image is made."""
 
-        def has_changed(layout: int) -> bool:
-            ids = self.dataset[layout]["label"][0].numpy()
-            path = self._path("labels", self.dataset.names[layout])
-            try:
-                with Image.open(path) as stored:
-                    return not np.array_equal(np.asarray(stored), ids)
-            except FileNotFoundError:
-                return False
-            except OSError:  # no picture any more: what it was is not known
-                return True
+        def look(layout: int) -> Look:
+            sample, name = self.dataset[layout], self.dataset.names[layout]
+            inputs = {folder: self.results.holds(folder, name, pixels) for folder, pixels in input_pictures(sample)}
+            shape = (*self.dataset.shape, 3)
+            return Look(entry_of(sample), inputs, [self.results.whole(f, name, shape) for f in self.sample_folders])
 
         with ThreadPoolExecutor() as pool:
-            results = pool.map(has_changed, range(self.layouts))
-            results = progress_bar(iterable=results, total=self.layouts, desc="checking layouts", leave=False)
-            return [layout for layout, changed in enumerate(results) if changed]
+            looks = pool.map(look, range(self.layouts))
+            return list(progress_bar(iterable=looks, total=self.layouts, desc="checking layouts", leave=False))
 
-    def _remove_samples(self, names: set[str] | None = None) -> None:
-        """Removes the samples with these file names, else all, from every folder of samples that a run makes."""
-        for folder in os.listdir(self.folder):
-            if re.fullmatch(r"samples(_\d+)?", folder):
-                for name in os.listdir(os.path.join(self.folder, folder)):
-                    if name.endswith(".png") if names is None else name in names:
-                        os.remove(os.path.join(self.folder, folder, name))
+    def _changed(self, recorded: dict[str, Entry], looks: list[Look]) -> list[str]:
+        """Names of the layouts with samples that were made from another layout, or cannot be shown not to be."""
+        changed, unreadable, refreshed, adopted = [], [], [], []
+        own_instances = self.dataset.has_instances and self.dataset.spec.instances != "labels"
+        for name, look in zip(self.dataset.names, looks, strict=False):
+            entry = recorded.get(name)
+            if entry is None or all(whole is None for whole in look.samples):
+                continue
+            if not entry and own_instances:
+                raise ConfigError(
+                    f"{self.folder} is of an older version of this program, which did not note the instance maps that "
+                    f"the image of {name} was made from; choose another --results_path, or --overwrite True"
+                )
+            if look.differs(entry):
+                changed.append(name)
+                continue
+            unreadable += [name] if False in look.samples else []
+            adopted += [] if entry else [name]
+            refreshed += [name] if entry and entry.get("photograph") != look.entry.get("photograph") else []
+        self._tell("sampled again, because their layouts have changed", changed)
+        self._tell("sampled again, because what is there is no whole picture of this size", unreadable)
+        self._tell("taken over from an older version of this program, since their label maps agree", adopted)
+        self._tell("written again to images/, because the photographs have changed", refreshed)
+        return changed
+
+    def _tell(self, what: str, names: Sequence[str]) -> None:
+        if names:
+            self.log(f"{what}: {some_names(names)} ({len(names)} in all)")
 
     def _batches(self, todo: dict[int, list[int]]) -> list[list[tuple[int, int]]]:
         """(layout, sample index) pairs, a batch at a time. Several samples of one layout share a batch, and so what
@@ -264,11 +272,11 @@ class SampleRun:
         return sampling_batches(self.dataset, layouts, size, self.num_workers)
 
     def _restore_inputs(self, layouts: list[int]) -> None:
-        for batch in sampling_batches(self.dataset, layouts, 1):
-            self._save_inputs(batch)
+        for layout, batch in zip(layouts, sampling_batches(self.dataset, layouts, 1), strict=True):
+            self._save_inputs([layout], batch)
 
     def _make(self, pairs: list[tuple[int, int]], batch: dict[str, Any], on_step: Callable[[Moment], Any]) -> None:
-        self._save_inputs(batch)
+        self._save_inputs([layout for layout, _ in (pairs[:1] if self.several else pairs)], batch)
         try:
             pictures = self.pipeline.generate(
                 batch["label"],
@@ -282,17 +290,16 @@ class SampleRun:
             names = ", ".join(dict.fromkeys(self.dataset.names[layout] for layout, _ in pairs))
             raise FloatingPointError(f"layouts {names}: {error}") from error
         for (layout, index), picture in zip(pairs, pictures, strict=True):
-            self.writer.save(picture, self._path(self.sample_folders[index], self.dataset.names[layout]))
+            self.writer.save(picture, self.results.picture(self.sample_folders[index], self.dataset.names[layout]))
 
-    def _save_inputs(self, batch: dict[str, Any]) -> None:
-        for row, name in enumerate(batch["name"]):
-            if "image" in batch:
-                self.writer.save(batch["image"][row].permute(1, 2, 0).numpy(), self._path("images", name))
-            ids = batch["label"][row, 0].numpy()
-            self.writer.save(ids if ids.dtype == np.uint8 else ids.astype(np.uint16), self._path("labels", name))
-
-    def _path(self, folder: str, name: str) -> str:
-        return os.path.join(self.folder, folder, f"{name}.png")
+    def _save_inputs(self, layouts: list[int], batch: dict[str, Any]) -> None:
+        for row, layout in enumerate(layouts):
+            name = self.dataset.names[layout]
+            sample = {key: batch[key][row] for key in ("label", "instance", "image") if key in batch}
+            if entry_of(sample) != self.entries[layout]:
+                raise DataError(f"the files of the layout {name} were changed while this run read them; start it again")
+            for folder, pixels in input_pictures(sample):
+                self.writer.save(pixels, self.results.picture(folder, name))
 
     # -- after --------------------------------------------------------------------------------------------------------
 
@@ -302,12 +309,12 @@ class SampleRun:
         before = self.record["run"].get("made", {"images": 0, "seconds": 0.0})
         seconds = round(before["seconds"] + seconds, 3)
         self.record["run"]["made"] = {"images": before["images"] + count, "seconds": seconds, "ranks": self.world.size}
-        store.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
+        store.write_json(self.results.record_path, self.record)
 
     def _finish(self) -> None:
         """Notes that all is there, and draws the overview. On rank 0."""
         if self.record["run"].pop("overwriting", False):
-            store.write_json(os.path.join(self.folder, SAMPLING_RECORD), self.record)
+            store.write_json(self.results.record_path, self.record)
         self._overview()
 
     def _overview(self) -> None:
@@ -322,53 +329,21 @@ class SampleRun:
             row = [colorize(label, self.dataset.spec.palette)]
             row += [self._open("images", name)] if self.dataset.has_images else []
             rows.append(row + [self._open(folder, name) for folder in shown])
-            names.append(name)
+            names.append(printable(name))
         legend = [(self.dataset.spec.class_names[i], self.dataset.spec.palette[i]) for i in sorted(present)]
         s = self.sampling
         steps = self.pipeline.diffusion(s.timestep_respacing, s.num_steps).num_timesteps
         title = f"{s.sampler}, {steps} steps, s = {s.s:g}"
         page = contact_sheet(rows, column_titles=columns, row_titles=names, title=title, legend=legend[:24])
-        save_png(page, os.path.join(self.folder, "overview.png"))
+        path = os.path.join(self.results.path, "overview.png")
+        try:
+            save_png(page, path)
+        except OSError as error:
+            raise store.CheckpointError(
+                f"cannot write {path}: {error}; all pictures are there, the same command draws the overview"
+            ) from error
 
     def _open(self, folder: str, name: str) -> Image.Image:
-        with Image.open(self._path(folder, name)) as picture:
+        with Image.open(self.results.picture(folder, name)) as picture:
             picture.load()
             return picture
-
-
-def _comparable(key: str, value: Any) -> Any:
-    """The meaning of a recorded value: two spellings of one folder are no difference."""
-    return os.path.normpath(value) if key in ("data_dir", "labels_dir") and value else value
-
-
-def sampling_record(
-    config: SampleConfig,
-    sampling: Sampling,
-    pipeline: SDMPipeline,
-    data: dict[str, Any],
-    spec: DatasetSpec,
-) -> dict[str, Any]:
-    """What sampling.json holds: under `images` all that decides an image, under `run` the rest."""
-    layouts = {"labels_dir": config.labels_dir} if config.labels_dir else {"data_dir": data["data_dir"]}
-    layouts |= {} if config.labels_dir else {"split": config.split}
-    return {
-        "images": {
-            "model_sha256": store.file_hash(config.model_path),
-            "seed": config.seed,
-            "precision": pipeline.precision,
-            **dataclasses.asdict(sampling),
-            "dataset_mode": data["dataset_mode"],
-            **layouts,
-            **({"remap": dict(spec.remap), "crop": spec.crop} if spec.name == "custom" else {}),
-            "grey": pipeline.grey,
-            **binding_settings(pipeline.model_config),
-            **binding_settings(pipeline.diffusion_config),
-        },
-        "run": {
-            "settings": dataclasses.asdict(config),
-            "data": data,
-            "model": dataclasses.asdict(pipeline.model_config),
-            "diffusion": dataclasses.asdict(pipeline.diffusion_config),
-            "torch": torch.__version__,
-        },
-    }

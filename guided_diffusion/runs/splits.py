@@ -1,10 +1,15 @@
-"""The two splits that a training run reads."""
+"""The splits that a training run reads, and the layouts that a sampling run does."""
 
 from __future__ import annotations
 
-from ..data.specs import MissingSplitError
-from ..image_datasets import LayoutDataset, open_dataset
-from ..settings import ConfigError, DataConfig, ModelConfig, TrainConfig
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ..data.class_lists import check_same_meaning
+from ..data.specs import MissingSplitError, read_dataset_json
+from ..image_datasets import LayoutDataset, holds_network_ids, open_dataset
+from ..settings import ConfigError, DataConfig, ModelConfig, SampleConfig, TrainConfig
 
 
 def open_splits(
@@ -42,3 +47,44 @@ def open_splits(
             "--no_instance True"
         )
     return dataset, validation
+
+
+def open_layouts(
+    config: SampleConfig,
+    data: DataConfig,
+    model: ModelConfig,
+    recorded: dict[str, Any],
+    *,
+    alone: bool,
+    log: Callable[[str], None],
+) -> LayoutDataset:
+    """What a sampling run reads: a split, or the label maps of `labels_dir`.
+
+    :param recorded: the checkpoint's config; empty where there is none. :param alone: label maps without a data set:
+        their ids mean what those of the training meant, wherever its data is now.
+    :raises ConfigError: there are no instance maps, and the network needs their edges. :raises DataError: see
+        `open_dataset`; or the ids mean something else than in the training.
+    """
+    results = bool(config.labels_dir) and holds_network_ids(config.labels_dir)
+    trained_with = recorded.get("dataset_json")
+    if trained_with is not None and data.dataset_mode == "custom" and data.data_dir and not (alone or results):
+        path = os.path.join(data.data_dir, "dataset.json")
+        check_same_meaning(trained_with, read_dataset_json(data.data_dir), model.num_classes, path)
+    dataset = open_dataset(
+        data_dir=data.data_dir,
+        dataset_mode=data.dataset_mode,
+        split=config.split,
+        image_size=model.image_size,
+        num_classes=model.num_classes,
+        use_instances=not model.no_instance,
+        labels_dir=config.labels_dir or None,
+        training=False,
+        dataset_json=trained_with if alone else None,
+    )
+    log(
+        f"layouts: {os.path.dirname(dataset.items[0].label)}"  # the split's folder may have another name
+        + (", of a results folder: its ids are taken as the network's" if results else "")
+    )
+    if dataset.has_instances == model.no_instance:
+        raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
+    return dataset

@@ -18,6 +18,7 @@ import pickle
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, BinaryIO
 
@@ -25,6 +26,7 @@ import blobfile
 import torch
 
 from ..data.json_text import parse_json
+from ..data.own_files import is_temporary, plain_names, temporary_path
 from .config import checked_config
 
 CONFIG_NAME = "config.json"
@@ -71,9 +73,9 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
     Written under a temporary name in the same folder, synced and renamed.
     :raises CheckpointError: the disk is full, the folder read-only, ...; `path` is as it was.
     """
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = temporary_path(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -109,9 +111,7 @@ def publish(source: str, target: str) -> None:
 
     :raises CheckpointError: `target` cannot be written; it is as it was.
     """
-    temporary = f"{target}.tmp{os.getpid()}"
-    with contextlib.suppress(OSError):
-        os.remove(temporary)
+    temporary = temporary_path(target)
     try:
         os.link(source, temporary)
         # Onto another name of the same file a rename does nothing, and would leave the temporary name.
@@ -217,7 +217,7 @@ def prune(folder: str, keep: int, newest: int) -> None:
     """
     steps = [step for step in _manifest_steps(folder) if step <= newest]
     for step in steps[:-keep] if keep > 0 else []:
-        names = read_manifest(folder, step).get("files", {})
+        names = _set_files(read_manifest(folder, step), step)
         # The manifest first, as a set that is half removed must not count; it stays as the note of what is to go.
         note = os.path.join(folder, f".{manifest_name(step)}.part")
         os.replace(os.path.join(folder, manifest_name(step)), note)
@@ -226,20 +226,26 @@ def prune(folder: str, keep: int, newest: int) -> None:
                 os.remove(path)
 
 
+def _set_files(manifest: dict[str, Any], step: int) -> list[str]:
+    """The names in a manifest, or in the note of a save that has begun, that can be files of the set of `step`: a
+    manifest that was edited must not have files removed that no save wrote, here or in another folder."""
+    return [name for name in plain_names(manifest.get("files")) if re.fullmatch(rf".*\D{step:06d}\.pt", name)]
+
+
 def lock(folder: str, flag: str = "logdir", look: bool = False) -> IO[str] | None:
     """Takes the folder for this process, as long as the returned file is open; None where locks are not to be had.
 
     :param flag: which gives the folder. :param look: only see whether another process has it; writes nothing.
-    :raises CheckpointError: another process has it; the message names that process.
+    :raises CheckpointError: another process has it (the message names that process), or `.lock` is not a lock file.
     """
     try:
         import fcntl
     except ImportError:
         return None
     path = os.path.join(folder, ".lock")
-    if look and not os.path.exists(path):
+    if look and not os.path.lexists(path):
         return None
-    file = open(path, "r" if look else "a+", encoding="utf-8")  # noqa: SIM115 - it stays open
+    file = _open_lock(path, flag, look)
     try:
         # A record lock is the process's own: workers that outlive a killed run do not hold it.
         fcntl.lockf(file, (fcntl.LOCK_SH if look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -259,17 +265,33 @@ def lock(folder: str, flag: str = "logdir", look: bool = False) -> IO[str] | Non
     return file
 
 
+def _open_lock(path: str, flag: str, look: bool) -> IO[str]:
+    """The lock file, made where it is missing (not to `look`). What is there may be somebody's own file, by a link or by
+    this very name: a CheckpointError then, as its content would be replaced."""
+    refusal = CheckpointError(f"{path} is a link, or no lock file of ours: move it away, or give another --{flag}")
+    if os.path.islink(path) or os.path.isdir(path):
+        raise refusal
+    access = os.O_RDONLY if look else os.O_RDWR | os.O_CREAT | os.O_APPEND
+    descriptor = os.open(path, access | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    status, begin = os.fstat(descriptor), b"process "
+    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.read(descriptor, len(begin)) in (b"", begin):
+        return os.fdopen(descriptor, "r" if look else "r+", encoding="utf-8")
+    os.close(descriptor)
+    raise refusal
+
+
 def remove_leftovers(folder: str) -> None:
     """Removes what writers that were killed have left: temporary files, and the files of a set without its manifest. A
     folder that is not there has none."""
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         manifest = name.removeprefix(".").removesuffix(".part")
-        if name == f".{manifest}.part" and _MANIFEST.fullmatch(manifest):
+        match = _MANIFEST.fullmatch(manifest) if name == f".{manifest}.part" else None
+        if match:
             begun = {} if os.path.exists(os.path.join(folder, manifest)) else _read_json(os.path.join(folder, name))
-            for part in begun.get("files", []):
+            for part in _set_files(begun, int(match.group(1))):
                 with contextlib.suppress(OSError):
-                    os.remove(os.path.join(folder, os.path.basename(part)))
-        if re.search(r"\.tmp\d+$|^\..*\.part$", name):  # those of atomic_write and of save_png
+                    os.remove(os.path.join(folder, part))
+        if match or is_temporary(name):  # those of atomic_write and of save_png
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, name))
 
