@@ -70,7 +70,8 @@ class Validation:
     @property
     def measure(self) -> str:
         """What the losses are measured on, in words: those with another measure do not compare."""
-        names = hashlib.sha256("\n".join(self.dataset.names[i] for i in self.indices).encode()).hexdigest()
+        names = "\n".join(self.dataset.names[i] for i in self.indices)
+        names = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()  # a name may hold bytes of no text
         height, width = self.dataset.shape
         loss = ", variational bound" if self.diffusion.use_kl else ""
         return f"{len(self.indices)} images of {height}x{width}, names {names[:12]}{loss}"
