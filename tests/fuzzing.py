@@ -37,7 +37,7 @@ def cases(count: int) -> Any:
 # -- values ----------------------------------------------------------------------------------------------------------
 
 WHOLE = st.sampled_from([0, 1, 2, 3, 8, 16, 32, 64, 255, 256, 65535, 65536, -1, -7, 2**31, 2**63, 2**64, 10**30])
-TEXT = st.sampled_from(
+ODD_TEXT = st.sampled_from(
     [
         "",
         " ",
@@ -56,7 +56,8 @@ TEXT = st.sampled_from(
         "../x",
         "s3://b/x",
     ]
-) | st.text(max_size=6)
+)
+TEXT = ODD_TEXT | st.text(max_size=6)
 NUMBERS = st.sampled_from([0.0, -0.5, 0.25, 1.0, 1e-320, 1e300, math.nan, math.inf, -math.inf])
 SCALARS = st.none() | st.booleans() | WHOLE | NUMBERS | TEXT
 JSON = st.recursive(
@@ -106,24 +107,62 @@ def _changed(value: Any, path: tuple, new: Any) -> Any:
     return copy
 
 
+def _like(value: Any, words: list[str]) -> st.SearchStrategy[Any]:
+    """Values of the same kind, which get further than those of another kind."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.integers(0, 12) | WHOLE
+    if isinstance(value, float):
+        return NUMBERS
+    if isinstance(value, str):
+        return ODD_TEXT | st.sampled_from(words)
+    if isinstance(value, list) and value:
+        return st.lists(st.sampled_from(value), max_size=6)
+    if isinstance(value, dict) and value:
+        keys = st.sampled_from([*value, "0", "1", "2", "7", "07", "255"])
+        return st.dictionaries(keys, st.sampled_from(list(value.values())), max_size=4)
+    return JSON
+
+
 @st.composite
-def contents(draw: Any, example: dict[str, Any]) -> Any:
+def contents(draw: Any, example: dict[str, Any], words: tuple[str, ...] = ()) -> Any:
     """A JSON value like `example`, with up to three values replaced, left out or added, at any depth."""
     value: Any = example
-    for _ in range(draw(st.integers(0, 3))):
-        path = draw(st.sampled_from(_places(value)))
-        value = _changed(value, path, draw(st.just(...) | SCALARS | JSON))
-        if isinstance(value, dict) and draw(st.integers(0, 4)) == 0:
-            value = value | {draw(TEXT | st.sampled_from(list(example))): draw(JSON)}
+    known = [*words, *(part for part in _values(example) if isinstance(part, str)), *example]
+    for _ in range(draw(st.sampled_from([1, 2, 3, 3]))):
+        path = draw(st.sampled_from([place for place in _places(value) if place] or [()]))
+        found = _at(value, path)
+        new = draw(st.sampled_from(["like", "like", "like", "other", "gone", "added"]))
+        if new == "added" and isinstance(value, dict):
+            value = value | {draw(st.sampled_from(known) | ODD_TEXT): draw(_like(found, known) | JSON)}
+        elif new == "like":
+            value = _changed(value, path, draw(_like(found, known)))
+        else:
+            value = _changed(value, path, ... if new == "gone" else draw(JSON))
     return value
 
 
+def _at(value: Any, path: tuple) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def _values(value: Any) -> list[Any]:
+    return [_at(value, path) for path in _places(value)]
+
+
 @st.composite
-def broken(draw: Any, example: dict[str, Any]) -> bytes:
-    """The bytes of a file: a content like the example, or these bytes cut, overwritten or in another encoding."""
-    content = json.dumps(draw(contents(example)), indent=draw(st.sampled_from([None, 2]))).encode()
-    harm = draw(st.sampled_from(["", "", "", "", "cut", "overwrite", "bom", "utf-16", "bytes"]))
-    place = draw(st.integers(0, max(len(content) - 1, 0)))
+def broken(draw: Any, example: dict[str, Any], words: tuple[str, ...] = ()) -> bytes:
+    """The bytes of a file: a content like the example, or these bytes cut, overwritten or in another encoding.
+
+    words: text that the file's format knows, for instance the values of its keys.
+    """
+    harm = draw(st.sampled_from([*[""] * 16, "cut", "overwrite", "bom", "utf-16", "any value", "any bytes"]))
+    value = draw(JSON) if harm == "any value" else draw(contents(example, words))
+    content = json.dumps(value, indent=draw(st.sampled_from([None, 2]))).encode()
+    place = draw(st.integers(0, max(len(content) - 1, 0))) if harm in ("cut", "overwrite") else 0
     if harm == "cut":
         return content[:place]
     if harm == "overwrite":
@@ -132,7 +171,7 @@ def broken(draw: Any, example: dict[str, Any]) -> bytes:
         return b"\xef\xbb\xbf" + content
     if harm == "utf-16":
         return content.decode().encode("utf-16")
-    return draw(st.binary(max_size=40)) if harm == "bytes" else content
+    return draw(st.binary(max_size=40)) if harm == "any bytes" else content
 
 
 # -- the property ----------------------------------------------------------------------------------------------------
