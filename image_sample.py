@@ -34,6 +34,7 @@ def main() -> int:
         config.check()
         recorded = store.read_config(config.model_path)
         data = build_config(DataConfig, flags, recorded and recorded.get("data"), f"{store.CONFIG_NAME} beside it")
+        data.check()
         sampling = config.sampling()
 
         log = print if world.is_main else lambda message: None
