@@ -38,6 +38,7 @@ def main() -> int:
         config.check(needs_model=not plan.dry_run)
         recorded = store.read_config(config.model_path) if config.model_path else None
         data = build_config(DataConfig, flags, recorded and recorded.get("data"), f"{store.CONFIG_NAME} beside it")
+        data.check()
         sampling = config.sampling()
 
         log = print if world.is_main else lambda message: None

@@ -47,6 +47,7 @@ def main() -> int:
         data, config = build_config(DataConfig, flags), build_config(TrainConfig, flags)
         config.check()
         plan = build_config(PlanConfig, flags)
+        data.check()
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
         # Rank 0 reads for all: the other hosts need not see its log directory.
         recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))

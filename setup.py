@@ -51,6 +51,15 @@ setup(
         "segmenters": ["transformers"],
         "coco": ["pycocotools"],
         "cityscapes": ["cityscapesscripts"],
-        "test": ["pytest", "ruff", "matplotlib", "tensorboard", "setuptools>=70.1", *TEST_PEERS],  # setuptools: a wheel
+        # setuptools: for a wheel
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "matplotlib",
+            "tensorboard",
+            "setuptools>=70.1",
+            *TEST_PEERS,
+        ],  # a wheel
     },
 )

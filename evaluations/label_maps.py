@@ -26,6 +26,11 @@ REMAPS = {
     "ade20k-annotations": {label_id: label_id - 1 for label_id in range(1, 151)},
 }
 
+# What gives ids back as they were stored, as Pillow names formats and a TIFF's compression (the latter's beginnings).
+LOSSLESS = ("PNG", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "PCX", "SGI")
+LOSSLESS_TIFF = ("raw", "packbits", "group3", "group4", "lzma", "zstd", "tiff_raw", "tiff_lzw", "tiff_adobe_deflate",
+                 "tiff_deflate", "tiff_ccitt")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -91,9 +96,24 @@ def make_classes(remap: str, num_classes: int | None, ignore_ids: tuple[int, ...
     return Classes(count, labels, identity)
 
 
+def lossy_format(image: Image.Image) -> str | None:
+    """The decoder's name of a format that may change ids; None for one that gives them back as they were stored."""
+    if image.format not in LOSSLESS:
+        return image.format or "an unknown format"
+    compression = str(image.info.get("compression", "unknown"))
+    if image.format == "TIFF" and not compression.startswith(LOSSLESS_TIFF):
+        return f"TIFF with compression {compression}"
+    return None
+
+
 def load_label_map(path: Path) -> torch.Tensor:
-    """A label map's ids [H, W], bytes. Raises ValueError for a picture with other than one channel of 8 bits."""
+    """A label map's ids [H, W], bytes.
+
+    Raises ValueError for a picture with other than one channel of 8 bits, or in a format that may change ids.
+    """
     with Image.open(path) as image:
+        if (lossy := lossy_format(image)) is not None:
+            raise ValueError(f"stored as {lossy}, which may change ids; save the original as PNG")
         if image.mode not in ("L", "P"):
             raise ValueError(f"mode {image.mode}, but a label map has one channel of 8 bits with an id per pixel")
         if image.mode == "L" and (stored := raw_mode(image)).startswith(("L;2", "L;4")):

@@ -70,7 +70,12 @@ class Logger:
             return
         os.makedirs(self.folder, exist_ok=True)
         self._drop_rows(step)
-        self._text = open(self._path("log.txt"), "a", encoding="utf-8")  # noqa: SIM115
+        self._text = open(  # noqa: SIM115
+            self._path("log.txt"),
+            "a",
+            encoding="utf-8",
+            errors="backslashreplace",  # names may be no text
+        )
         self._rows = open(self._path("progress.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
         self._write(self._text, "".join(self._pending))
         self._pending.clear()

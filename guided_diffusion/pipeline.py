@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from .data.class_lists import recorded_classes
-from .data.transforms import open_map
+from .data.transforms import lossy_format, open_map, read_header
 from .fp16_util import PRECISIONS
 from .hosts.memory import available_memory
 from .layouts.encode import encode_label_map, to_uint8
@@ -304,6 +304,8 @@ class SDMPipeline:
     def _read_map(self, source: Any, kind: str) -> torch.Tensor:
         if isinstance(source, (str, os.PathLike)):
             source = open_map(os.fspath(source), kind)
+        elif isinstance(source, Image.Image) and source.format and (lossy := lossy_format(read_header(source))):
+            raise ValueError(f"the {kind} was opened from a file stored as {lossy}, which may change ids; use a PNG")
         ids = np.asarray(source)
         if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iub":
             raise ValueError(

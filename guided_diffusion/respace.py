@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,7 +58,7 @@ def trailing_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def _whole(text: str, option: str) -> int:
-    if not (text.isascii() and text.strip().isdigit()) or int(text) < 1:  # "²" is a digit, too, but no number
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", text) or int(text) < 1:
         raise ValueError(f"timestep_respacing {option!r}: {text!r} is not a positive whole number")
     return int(text)
 

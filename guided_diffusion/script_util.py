@@ -134,8 +134,7 @@ def create_model(config: ModelConfig, learn_sigma: bool) -> UNetModel:
     """
     if not config.class_cond:
         raise ConfigError("class_cond False: SDM is always conditioned on the layout; leave the flag out")
-    if config.num_classes < 1:
-        raise ConfigError(f"num_classes must be at least 1; got {config.num_classes}")
+    config.check()
     try:
         return UNetModel(
             model_channels=config.num_channels,
@@ -162,6 +161,7 @@ def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> Sp
 
     :raises ConfigError: an impossible respacing or schedule.
     """
+    config.check()
     if num_steps and config.timestep_respacing:
         raise ConfigError(
             f"num_steps {num_steps} and timestep_respacing {config.timestep_respacing!r}: give one of them"

@@ -26,7 +26,7 @@ def stable_seed(*parts: int | str) -> int:
     # The type is hashed, so that 1 and "1" differ; a whole number is one whether Python, NumPy or PyTorch holds it.
     values = [part if isinstance(part, str) else whole_number("a part of a seed", part) for part in parts]
     text = "\x1f".join(f"{type(value).__name__}:{value}" for value in values)
-    content = text.encode("utf-8", "surrogatepass")  # a file's name may be bytes that are no text
+    content = text.encode("utf-8", "surrogatepass")  # the name of a file may hold bytes of no text
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
 
 

@@ -66,6 +66,22 @@ class ModelConfig:
     use_new_attention_order: bool = setting(False, "q, k, v before heads in the attention's channels", binding=True)
     no_instance: bool = setting(False, "no instance-edge channel, whatever the data offers", binding=True)
 
+    def check(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        check_range(self, 1, "image_size", "num_classes", "num_channels", "num_res_blocks", "num_heads")
+        for name in ("num_heads_upsample", "num_head_channels"):
+            if getattr(self, name) != -1:
+                check_range(self, 1, name)
+        check_range(self, 0, "dropout", below=1)
+        for multiplier in self.multipliers():
+            width = multiplier * self.num_channels
+            if not 0 < multiplier < math.inf or not 1 <= width < 2**31:
+                raise ConfigError(
+                    f"channel_mult {self.channel_mult!r} times num_channels {self.num_channels} makes a layer of "
+                    f"{width:g} channels; there must be at least 1"
+                )
+        self.attention_downsamplings()
+
     def layout_channels(self) -> int:
         return self.num_classes + (not self.no_instance)
 
@@ -116,6 +132,10 @@ class DiffusionConfig:
     rescale_learned_sigmas: bool = setting(False, "scale the variance's loss term by diffusion_steps / 1000")
     loss_weighting: str = setting("none", "none, or min_snr (arXiv 2303.09556)")
 
+    def check(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        check_range(self, 1, "diffusion_steps", below=10**6)
+
 
 @dataclass
 class DataConfig:
@@ -124,6 +144,11 @@ class DataConfig:
     data_dir: str = setting("", "folder (or gs://, az://, https:// address) of the data set")
     dataset_mode: str = setting("ade20k", "ade20k, cityscapes, celeba, coco or custom")
     num_workers: int = setting(2, "loader processes per rank")
+
+    def check(self) -> None:
+        """:raises ConfigError: a value out of its range."""
+        check_range(self, 0, "num_workers")
+        check_place("data_dir", self.data_dir, ("gs", "az", "https"))
 
 
 @dataclass
@@ -186,18 +211,16 @@ class TrainConfig:
         """:raises ConfigError: a value out of its range."""
         self.ema_rates()
         resolve_precision(self.precision, False)
-        at_least = dict(batch_size=1, max_steps=0, log_interval=1, save_interval=1, max_bad_steps=1, warmup_steps=0)
-        at_least |= dict(lr=0.0, weight_decay=0.0, lr_anneal_steps=0, sample_interval=0, keep_checkpoints=0)
-        at_least |= dict(val_images=0, max_grad_norm=0)
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:
-                raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        check_range(self, 1, "batch_size", "log_interval", "save_interval", "max_bad_steps")
+        check_range(self, 0, "max_steps", "warmup_steps", "lr_anneal_steps", "sample_interval", "keep_checkpoints")
+        check_range(self, 0, "val_images", "lr", "weight_decay", "max_grad_norm", "fp16_scale_growth", "scale_jitter")
+        check_range(self, 0, "seed", below=2**64)
+        check_place("logdir", self.logdir)
+        check_place("resume_checkpoint", self.resume_checkpoint, ("gs", "az", "https"))
         if self.schedule_sampler not in SCHEDULE_SAMPLERS:
             raise ConfigError(
                 f"unknown schedule_sampler {self.schedule_sampler!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}"
             )
-        if self.seed < 0 or not 0 <= self.scale_jitter < math.inf:
-            raise ConfigError(f"seed ({self.seed}) and scale_jitter ({self.scale_jitter}) must not be negative")
         if not 0 <= self.drop_rate <= 1:
             raise ConfigError(f"drop_rate is a share, between 0 and 1; got {self.drop_rate}")
         if self.microbatch == 0 or self.microbatch < -1:
@@ -290,6 +313,8 @@ class SampleConfig(Sampling):
         self.sampling()
         if not self.results_path:
             raise ConfigError("results_path is empty; name a folder for the results")
+        check_place("results_path", self.results_path)
+        check_place("model_path", self.model_path, ("gs", "az", "https"))
         if needs_model and not self.model_path:
             raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
         for name in ("num_samples", "samples_per_layout", "batch_size"):
@@ -362,6 +387,25 @@ def as_setting(name: str, default: Any, value: Any) -> Any:
     wanted = {bool: "True or False", str: "text or numbers", float: "a number", int: "a whole number"}
     wanted[tuple] = "LOW,HIGH, two numbers such as (0.1, 0.8)"
     raise ConfigError(f"{name} must be {wanted[kind]}; got {value!r} ({type(value).__name__})")
+
+
+def check_range(config: Any, least: float, *names: str, below: float | None = None) -> None:
+    """:raises ConfigError: one of the numbers `names` of `config` is less than `least`, not below `below`, or not
+    finite; a whole number must fit 64 bits with a sign, unless `below` says another limit."""
+    for name in names:
+        value = getattr(config, name)
+        limit = below if below is not None else 2**63 if isinstance(value, int) else math.inf
+        if not least <= value < limit:
+            most = f" and below {below}" if below is not None else "" if value < least else ", and a number in range"
+            raise ConfigError(f"{name} must be at least {least}{most}; got {value}")
+
+
+def check_place(name: str, path: str, schemes: tuple[str, ...] = ()) -> None:
+    """:raises ConfigError: an address of a kind that cannot be read there (`schemes`: which can)."""
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme not in schemes:
+        known = f" or an address {', '.join(f'{s}://' for s in schemes)}" if schemes else ""
+        raise ConfigError(f"{name} must be a local path{known}; got {path}")
 
 
 def check_known(names: Iterable[str], *classes: type) -> None:

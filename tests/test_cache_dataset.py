@@ -71,7 +71,9 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path):
     assert result.returncode == 0 and "2 of 5 written, 3 were there" in result.stdout
     assert done.stat().st_mtime_ns == before and not list((tmp_path / "cache").rglob("*.part*"))
     assert "other settings" in run(tmp_path / "data", "custom", tmp_path / "cache", 32, *options).stderr
-    assert "not empty and no cache" in run(tmp_path / "data", "custom", tmp_path, 16, *options).stderr
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").write_text("not ours")
+    assert "not empty and no cache" in run(tmp_path / "data", "custom", tmp_path / "other", 16, *options).stderr
     assert "is a cache itself" in run(tmp_path / "cache", "custom", tmp_path / "b", 16, *options).stderr
 
 
@@ -116,10 +118,12 @@ def test_what_is_gone_from_the_source_leaves_the_cache(tmp_path):
     root, cache, make = small_cache(tmp_path, instances=True)
     for kind in ("images", "labels", "instances"):
         (root / "train" / kind / "scene1.png").unlink()
-    save(cache / "train/labels/left_by_a_killed_run.png", np.zeros((8, 8), np.uint8))
+    save(cache / "train/labels/drawn_by_hand.png", np.zeros((8, 8), np.uint8))
     (cache / "notes.txt").write_text("not ours")
     result = make()
-    assert "train: 0 of 2 written" in result.stdout and "4 files removed" in result.stdout
+    assert "train: 0 of 2 written" in result.stdout and "3 files removed" in result.stdout
+    assert "1 pictures in" in result.stdout and "labels/drawn_by_hand.png" in result.stdout  # not ours: it stays
+    (cache / "train/labels/drawn_by_hand.png").unlink()
     assert_cache_is_good(root, cache)
     assert sorted(path.name for path in cache.glob("train/*/*")) == ["scene0.png"] * 3 + ["scene2.png"] * 3
     assert (cache / "notes.txt").exists()

@@ -71,8 +71,8 @@ def test_the_camvid_commands_fit_what_is_prepared(tmp_path, monkeypatch):
 
 
 def test_the_medical_example(tmp_path):
-    script = ("scripts/scenes/make_medical_example.py", "--data_dir", tmp_path, "--size", 64)
-    run_script(*script, "--train", 30, "--val", 3)
+    script = ("scripts/scenes/make_medical_example.py", "--size", 64, "--data_dir")
+    run_script(*script, tmp_path, "--train", 30, "--val", 3)
     assert json.loads((tmp_path / "dataset.json").read_text())["grey"] is True
     train, val = (
         open_dataset(data_dir=tmp_path, dataset_mode="custom", split=split, image_size=64, random_crop=False)
@@ -92,8 +92,8 @@ def test_the_medical_example(tmp_path):
     assert scenes[:3].tolist() == [30, 30, 30] and 10 < scenes[3] < 30 and shares[3] < 0.02 * shares.sum()
     assert not np.array_equal(train[0]["image"], val[0]["image"])
     first = (tmp_path / "train/images/slice_000.png").read_bytes()
-    run_script(*script, "--train", 1, "--val", 0)
-    assert (tmp_path / "train/images/slice_000.png").read_bytes() == first  # the same seed draws the same slices
+    run_script(*script, tmp_path / "again", "--train", 1, "--val", 0)
+    assert (tmp_path / "again/train/images/slice_000.png").read_bytes() == first  # the same seed draws the same slices
 
 
 def test_the_loader_benchmark_runs(tmp_path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import blobfile
 
 from .json_text import parse_json
-from .specs import SPLITS, DataError, DatasetSpec, MissingSplitError
+from .specs import SPLITS, DataError, DatasetSpec, MissingSplitError, check_address
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAP_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: an id must come back as it was stored
@@ -145,6 +145,7 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
     That folder is called like the label folder with `instances` for `labels` or `inst` for `label`; in Cityscapes'
     layout it is the label folder itself.
     """
+    check_address(labels_dir)
     folder, suffix = os.fspath(labels_dir).rstrip("/"), spec.layout.label_suffix
     if not _is_dir(folder):
         raise MissingSplitError(f"there is no folder of label maps {folder}")
@@ -247,6 +248,7 @@ def expected_layout(spec: DatasetSpec) -> str:
 
 def read_cache_settings(data_dir: str | os.PathLike) -> dict | None:
     """What `scripts/data/cache_dataset.py` noted in `cache.json` of a folder that it made; None for other folders."""
+    check_address(data_dir)
     path = join(os.fspath(data_dir), CACHE_FILE)
     if not (blobfile.exists(path) if is_remote(path) else os.path.exists(path)):
         return None
@@ -266,7 +268,7 @@ def read_cache_note(path: str) -> dict:
         wrong = [key for key, kind in _CACHE_KEYS.items() if not isinstance(note[key], kind)]
         if wrong:
             raise ValueError(f"{wrong[0]} is {note[wrong[0]]!r}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise DataError(
             f"{path} is not the note of a cache ({type(error).__name__}: {error}); delete that folder and run "
             "scripts/data/cache_dataset.py again"
@@ -312,6 +314,11 @@ def _count(keys: list, kind: str) -> str:
 
 def _some(files: dict[str, str], keys: list[str]) -> str:
     return some_names([os.path.basename(files[key]) for key in keys])
+
+
+def printable(text: str) -> str:
+    """Text for a page, a terminal or a list: what is not (bytes of a file name, line breaks) becomes an escape."""
+    return "".join(c if unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") else ascii(c)[1:-1] for c in text)
 
 
 def some_names(names: Sequence[str]) -> str:

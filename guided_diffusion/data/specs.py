@@ -6,6 +6,8 @@ here, so that the loader, the pictures and the checks hold no special case for a
 
 import csv
 import os
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from .json_text import parse_json
 
 DATASET_MODES = ("ade20k", "cityscapes", "celeba", "coco", "custom")
 SPLITS = ("train", "val", "test")
+_MAX_CLASSES = 32767  # what 16 bits with a sign hold
 _PALETTES = Path(__file__).parent / "palettes"
 _EVALUATION = {"val": ("val", "validation", "test"), "test": ("test", "val", "validation")}
 
@@ -28,6 +31,18 @@ class DataError(ValueError):
 
 class MissingSplitError(FileNotFoundError):
     """A split (training, validation, test) that the data folder does not have."""
+
+
+def check_address(path: str | os.PathLike) -> None:
+    """Raises DataError where `path` is an address of a kind that cannot be read."""
+    text = os.fspath(path)
+    if "://" not in text and not text.startswith(("gs:/", "az:/", "s3:/")):
+        return
+    if not re.match(r"(gs|az)://[^/]+|https://[^/]+\.blob\.core\.windows\.net/", text):
+        raise DataError(
+            f"{text} cannot be read: a data set is a local folder, or in a bucket gs://BUCKET/..., az://ACCOUNT/... or"
+            " https://ACCOUNT.blob.core.windows.net/...; copy it to a local folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,9 @@ class DatasetSpec:
         for stored, network in self.remap.items():
             if stored < size:
                 table[stored] = network
+        # A class that ignore_id adds is not one that files know: an id like its own is out of range in them.
+        if self.name == "custom" and self.remap and self.ignore_class not in (None, *self.remap):
+            table[self.ignore_class : self.ignore_class + 1] = -1
         table[table >= self.num_classes] = -1
         return table
 
@@ -202,8 +220,10 @@ def get_spec(
     """
     if dataset_mode not in DATASET_MODES:
         raise DataError(f"dataset_mode {dataset_mode!r} is unknown; the modes are {', '.join(DATASET_MODES)}")
-    if num_classes is not None and not 1 <= num_classes <= 32767:
-        raise DataError(f"num_classes is {num_classes}; it must lie between 1 and 32767")
+    if num_classes is not None and not 1 <= num_classes <= _MAX_CLASSES:
+        raise DataError(f"num_classes is {num_classes}; it must lie between 1 and {_MAX_CLASSES}")
+    if data_dir is not None:
+        check_address(data_dir)
     if dataset_mode != "custom":
         return with_num_classes(_benchmark(dataset_mode), num_classes)
     return _custom(data_dir, num_classes, dataset_json)
@@ -291,9 +311,12 @@ def json_classes(path: str, entries: list) -> tuple[list[str], dict[int, tuple[i
 
 
 def _check_names(path: str, names: list[str], settings: dict) -> None:
-    """Raises DataError where two classes have one name: pictures, scores and messages would mix them up."""
+    """Raises DataError where a name is not one line of text, or two classes have one: pictures, scores and messages
+    would mix them up."""
     first: dict[str, int] = {}
     for i, name in enumerate(names):
+        if not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+            raise DataError(f"{path}: the name of class {i} is {name!r}; it must be one line of text")
         if name in first:
             raise DataError(
                 f"{path}: the classes {first[name]} and {i} are both named {name!r}; rename one, or merge them by remap"
@@ -333,6 +356,8 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
             )
         if stored in remap:
             raise DataError(f"{path}: remap and ignore_id both name the id {stored}; remove it from one of them")
+        if recorded is None and stored < len(names) and stored not in remap.values():
+            raise DataError(_ignored_class(path, stored, names, remap))
         ignore_class = len(names)
         remap[stored] = ignore_class
         names.append(_UNLABELLED)
@@ -343,6 +368,8 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
         if network >= (num_classes or len(names)):
             raise DataError(f"{path}: remap sends {stored} to {network}, which is not below the number of classes")
     count = len(names) or num_classes
+    if count > _MAX_CLASSES:
+        raise DataError(f"{path}: there are {count} classes; at most {_MAX_CLASSES} are possible")
     names = names or [f"class {i}" for i in range(count)]
     encoding = settings.get("label_encoding", "ids")
     if encoding == "colors" and not count == len(names) == len(colors) == len(set(colors.values())):
@@ -370,12 +397,30 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
     return with_num_classes(spec, num_classes)
 
 
+def _ignored_class(path: str, stored: int, names: list[str], remap: dict[int, int]) -> str:
+    """What is wrong where `ignore_id` is the id of a named class too, with what was probably meant."""
+    said = f"{path}: ignore_id {stored} is also the id of class {stored} ({names[stored]!r}), which no pixel would have"
+    if remap:
+        return f"{said}; name in remap the id that has become {stored} in the files, or leave ignore_id out"
+    moved = [f'"{i + 1}": {i}' for i in range(stored, len(names))]
+    meant = ", ".join(moved if len(moved) <= 40 else [*moved[:3], "...", moved[-1]])
+    return (
+        f'{said}; if the files count the other classes around it, say so: "remap": {{{meant}}}; if class {stored} is'
+        " itself the one of unlabelled pixels, leave ignore_id out"
+    )
+
+
 def _json_remap(path: str, settings: dict) -> dict[int, int]:
-    remap = {}
-    for stored, network in settings.get("remap", {}).items():
-        if not stored.isdecimal() or type(network) is not int or network < 0:
-            raise DataError(f'{path}: remap holds {stored!r}: {network!r}; it maps ids to ids, such as {{"255": 3}}')
-        remap[int(stored)] = network
+    remap: dict[int, int] = {}
+    for key, network in settings.get("remap", {}).items():
+        if not re.fullmatch(r"[0-9]{1,9}", key) or type(network) is not int or network < 0:
+            raise DataError(f'{path}: remap holds {key!r}: {network!r}; it maps ids to ids, such as {{"255": 3}}')
+        stored = int(key)
+        if stored > 65535:
+            raise DataError(f"{path}: remap names the id {stored}; ids in label maps go from 0 to 65535")
+        if stored in remap:
+            raise DataError(f"{path}: remap names the id {stored} twice, the second time as {key!r}; keep one of them")
+        remap[stored] = network
     return remap
 
 

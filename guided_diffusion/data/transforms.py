@@ -25,6 +25,21 @@ _TURNS = {  # what an orientation tag asks a viewer to do with the stored pixels
     8: Image.Transpose.ROTATE_90,
 }
 _BACK = {**_TURNS, 6: _TURNS[8], 8: _TURNS[6]}  # all others are their own inverse
+# What gives a map's ids back as they were stored, by the decoder's word: a file's name may say anything.
+_LOSSLESS = ("PNG", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "PCX", "SGI")
+_LOSSLESS_TIFF = (
+    "raw",
+    "packbits",
+    "group3",
+    "group4",
+    "lzma",
+    "zstd",
+    "tiff_raw",
+    "tiff_lzw",
+    "tiff_adobe_deflate",
+    "tiff_deflate",
+    "tiff_ccitt",
+)  # fmt: skip  (beginnings of a compression's name)
 _SCALED = ("L;2", "L;4")  # raw modes of grey that Pillow spreads over 0 to 255
 
 
@@ -123,12 +138,22 @@ def cached_image(image: Image.Image, image_size: int, crop: str, training: bool,
 @dataclass(frozen=True)
 class Header:
     """What a file says of its pixels: (width, height) as stored, Pillow's mode, and the raw mode (`L;4`, `RGB;16B`; the
-    mode again where the format has none)."""
+    mode again where the format has none); of a TIFF also the compression."""
 
     format: str
     size: tuple[int, int]
     mode: str
     raw_mode: str
+    compression: str = ""
+
+
+def lossy_format(header: Header) -> str | None:
+    """The name of the format where it may change ids; None where it gives them back as they were stored."""
+    if header.format not in _LOSSLESS:
+        return header.format or "an unknown format"
+    if header.format == "TIFF" and not header.compression.startswith(_LOSSLESS_TIFF):
+        return f"TIFF with compression {header.compression or 'unknown'}"
+    return None
 
 
 def read_header(picture: Image.Image) -> Header:
@@ -139,7 +164,8 @@ def read_header(picture: Image.Image) -> Header:
         raw_mode = arguments if isinstance(arguments, str) else arguments[0]
     if picture.format == "TIFF":  # newer versions of Pillow give the turned size
         size = picture.tag_v2[256], picture.tag_v2[257]
-    return Header(picture.format, size, picture.mode, raw_mode)
+    compression = str(picture.info.get("compression", "")) if picture.format == "TIFF" else ""
+    return Header(picture.format, size, picture.mode, raw_mode, compression)
 
 
 def read_orientation(picture: Image.Image) -> int:
@@ -170,8 +196,14 @@ def _open(path: str, kind: str, turnable: bool = False) -> tuple[Image.Image, He
 
 
 def open_map(path: str, kind: str, of_ids: bool = True) -> Image.Image:
-    """A decoded label or instance map; DataError where its ids (`of_ids`) or its orientation are not to be trusted."""
+    """A decoded label or instance map; DataError where its format, its ids (`of_ids`) or its orientation are not to
+    be trusted."""
     image, header, orientation = _open(path, kind)
+    if (lossy := lossy_format(header)) is not None:
+        raise DataError(
+            f"the {kind} {path} is stored as {lossy}, which may change ids; save the original as PNG (converting this"
+            " file does not bring them back)"
+        )
     if of_ids and header.mode == "L" and header.raw_mode.startswith(_SCALED):
         raise DataError(
             f"the {kind} {path} is grey with {header.raw_mode[2]} bits per pixel, which readers scale to brightness, so"
@@ -224,7 +256,8 @@ def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | 
     image = open_map(path, "label map", of_ids=spec.label_colors is None)
     if spec.label_colors is not None:
         image = _ids_from_colors(image, path, spec)
-        present, table = np.unique(np.asarray(image)), spec.lookup_table(256 if image.mode == "L" else 65536)
+        table = spec.lookup_table(max(256, len(spec.label_colors)))
+        present = np.unique(np.asarray(image))
     elif image.mode in ("L", "P", "1"):
         if image.mode != "L":
             image = Image.fromarray(np.asarray(image).astype(np.uint8))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.listing import printable
 from ..data.own_files import temporary_path
 
 _PAPER, _INK, _FAINT, _FRAME = (255, 255, 255), (28, 32, 38), (110, 116, 126), (222, 225, 230)
@@ -62,6 +63,7 @@ def contact_sheet(
     """
     if not rows or not any(cell is not None for row in rows for cell in row):
         raise ValueError("a contact sheet needs at least one picture")
+    title, row_titles = title and printable(title), row_titles and [printable(text) for text in row_titles]
     cells = [[None if cell is None else _fit(cell, cell_height) for cell in row] for row in rows]
     columns = max(len(row) for row in cells)
     widths = [
@@ -74,7 +76,7 @@ def contact_sheet(
     width = 2 * margin + sum(widths) + gap * (columns - 1)
     if title:
         width = max(width, 2 * margin + round(large.getlength(title)))
-    entries = _place_legend(legend or (), small, width - 2 * margin, line)
+    entries = _place_legend([(printable(name), color) for name, color in legend or ()], small, width - 2 * margin, line)
     row_height = cell_height + (line + gap // 2 if row_titles else 0) + gap
     top = margin + (title_line + gap if title else 0)
     body = top + (line + gap // 2 if column_titles else 0)
@@ -164,6 +166,7 @@ def bar_chart(
     order = sorted((i for i in range(len(values)) if values[i] > 0), key=lambda i: -values[i])
     if not order:
         raise ValueError("a bar chart needs a value above zero")
+    names, title = [printable(name) for name in names], printable(title)
     decades = 1 - np.log10(values[order[-1]])
     columns = -(-len(order) // 40)
     per_column = -(-len(order) // columns)

@@ -63,7 +63,8 @@ class Validation:
     @property
     def measure(self) -> str:
         """What the losses are measured on, in words: those with another measure do not compare."""
-        names = hashlib.sha256("\n".join(self.dataset.names[i] for i in self.indices).encode()).hexdigest()
+        names = "\n".join(self.dataset.names[i] for i in self.indices)
+        names = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()  # a name may hold bytes of no text
         height, width = self.dataset.shape
         text = f"{len(self.indices)} images of {height}x{width}, names {names[:12]}"
         return ", ".join(part for part in (text, self.objective.measured_in_words) if part)

@@ -266,8 +266,8 @@ def lock(folder: str, flag: str = "logdir", look: bool = False) -> IO[str] | Non
 
 
 def _open_lock(path: str, flag: str, look: bool) -> IO[str]:
-    """The lock file, made where it is missing (not to `look`). What is there may be somebody's own file, by a link or by
-    this very name: a CheckpointError then, as its content would be replaced."""
+    """The lock file, made where it is missing (not to `look`). What is there may be somebody's own file, by a link or
+    by this very name: a CheckpointError then, as its content would be replaced."""
     refusal = CheckpointError(f"{path} is a link, or no lock file of ours: move it away, or give another --{flag}")
     if os.path.islink(path) or os.path.isdir(path):
         raise refusal

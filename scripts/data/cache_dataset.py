@@ -7,7 +7,8 @@
 The copy has the layout of the original and gives the loader the same pixels, to the bit. Photographs are stored as
 PNG, so nothing is lost; files that would not shrink are copied as they are. Worth it for Cityscapes and for large
 photographs, not for COCO-Stuff or ADE20K (`benchmarks/loader.py` measures it). Running it again goes on where it was
-interrupted, remakes what changed in the original (by size and time of its files), and removes what is gone from it.
+interrupted, remakes what changed in the original (by size and time of its files) or was damaged in the copy (by size
+and checksum), and removes what is gone from it. Only files that `cache_sources.jsonl` names are replaced or removed.
 """
 
 import argparse
@@ -15,8 +16,10 @@ import io
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -34,11 +37,21 @@ from guided_diffusion.data.listing import (
     join,
     list_items,
     open_stream,
+    printable,
     read_bytes,
     read_cache_note,
     read_cache_settings,
+    some_names,
 )
-from guided_diffusion.data.specs import DATASET_MODES, SPLITS, DataError, DatasetSpec, MissingSplitError, get_spec
+from guided_diffusion.data.specs import (
+    DATASET_MODES,
+    SPLITS,
+    DataError,
+    DatasetSpec,
+    MissingSplitError,
+    check_address,
+    get_spec,
+)
 from guided_diffusion.data.transforms import cached_image, read_image, read_instances, read_label, whole_picture
 from guided_diffusion.hosts.parallel import map_in_processes
 
@@ -65,8 +78,9 @@ class CacheJob:
 
 def write_bytes(path: str, content: bytes) -> None:
     """The file under a temporary name in its folder, then renamed into place."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.part{os.getpid()}"
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{_short(name)}.part{os.getpid()}")  # no longer than what a file system takes
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -75,6 +89,10 @@ def write_bytes(path: str, content: bytes) -> None:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def _short(name: str) -> str:
+    return f"{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def encode_png(picture: Image.Image) -> bytes:
@@ -94,10 +112,25 @@ def shrunk_map(path: str, size: tuple[int, int]) -> bytes:
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a cached item: the state of its source files, and its files below the cache folder."""
+    """What is known of a cached item: the state of its source files, its files below the cache folder, and their sizes
+    and checksums (None in a record of an earlier version)."""
 
     sources: list[list | None]  # of photograph, label map and instance map
     files: list[str]
+    sums: list[list[int]] | None = None
+
+
+def file_sums(content: bytes) -> list[int]:
+    """Size and checksum: enough to notice a file that was cut or overwritten."""
+    return [len(content), zlib.crc32(content)]
+
+
+def unharmed(cache_dir: str, record: Record) -> bool:
+    """Whether an item's cached files are there as they were written."""
+    try:
+        return record.sums == [file_sums(read_bytes(os.path.join(cache_dir, name))) for name in record.files]
+    except OSError:
+        return False
 
 
 def source_state(path: str | None) -> list | None:
@@ -121,14 +154,13 @@ def cache_item(job: CacheJob, task: tuple[Item, Record | None]) -> tuple[bool, R
     """
     item, before = task
     sources = [source_state(path) for path in (item.image, item.label, item.instance)]  # before anything is read
-    there = before is not None and all(os.path.exists(os.path.join(job.cache_dir, name)) for name in before.files)
-    if there and before.sources == sources:
+    if before is not None and before.sources == sources and unharmed(job.cache_dir, before):
         return False, before
-    files = []
+    files, sums = [], []
 
-    def write(path: str, content: bytes, extension: str | None = None) -> None:
-        name = path[len(job.data_dir) :].lstrip("/")
-        files.append(name if extension is None else os.path.splitext(name)[0] + extension)
+    def write(path: str, content: bytes, as_png: bool = False) -> None:
+        files.append(cached_names(job.data_dir, path)[as_png])
+        sums.append(file_sums(content))
         write_bytes(os.path.join(job.cache_dir, files[-1]), content)
 
     photograph = read_image(item.image, job.spec)
@@ -139,50 +171,116 @@ def cache_item(job: CacheJob, task: tuple[Item, Record | None]) -> tuple[bool, R
     maps = [path for path in (item.label, item.instance) if path is not None]
     for path in maps:
         if job.fixed:
-            write(path, shrunk_map(path, shrunk.size), ".png")
+            write(path, shrunk_map(path, shrunk.size), as_png=True)
         else:  # crops of several sizes need the map as it is; maps are quick to read
             write(path, read_bytes(path))
     if shrunk.size == photograph.size:
         write(item.image, read_bytes(item.image))
     else:
-        write(item.image, encode_png(shrunk), ".png")
-    return True, Record(sources, files)
+        write(item.image, encode_png(shrunk), as_png=True)
+    return True, Record(sources, files, sums)
+
+
+def cached_names(data_dir: str, path: str) -> tuple[str, str]:
+    """A source file's name below the cache folder, copied as it is and stored as PNG."""
+    name = path[len(data_dir) :].lstrip("/")
+    return name, os.path.splitext(name)[0] + ".png"
 
 
 def read_records(cache_dir: str) -> dict[tuple[str, str], Record]:
-    """(split, item's name) -> the last record of it; lines that a killed run left unfinished are passed over."""
-    path, records = os.path.join(cache_dir, SOURCES_FILE), {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    split, name, sources, files = json.loads(line)
-                    records[split, name] = Record(sources, files)
-                except (ValueError, TypeError, RecursionError):
-                    continue
+    """(split, item's name) -> the last record of it; damaged lines, or of files elsewhere, are passed over."""
+    records = {}
+    for line in _lines(cache_dir):
+        if len(line) in (4, 5) and isinstance(line[0], str) and isinstance(line[1], str) and _are_cached(line[3]):
+            records[line[0], line[1]] = Record(*line[2:])
     return records
 
 
+def read_claims(cache_dir: str) -> set[str]:
+    """The files below the cache folder that this script wrote or was about to write, and that it may remove."""
+    lines = list(_lines(cache_dir))
+    claims = [line[1] for line in lines if len(line) == 2 and line[0] == _CLAIM and _are_cached(line[1])]
+    return {name for names in [*claims, *(r.files for r in read_records(cache_dir).values())] for name in names}
+
+
+_CLAIM = "files"
+
+
+def _lines(cache_dir: str) -> Iterator[list]:
+    path = os.path.join(cache_dir, SOURCES_FILE)
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):  # what a killed run left unfinished
+                    continue
+                if isinstance(line, list):
+                    yield line
+
+
+def _are_cached(names: object) -> bool:
+    """Whether these can be files of a cache: pictures, by their path below its folder."""
+    return isinstance(names, list) and all(
+        isinstance(name, str)
+        and "\0" not in name
+        and not {"", ".", ".."} & set(name.split("/"))
+        and os.path.splitext(name)[1].lower() in (*IMAGE_EXTENSIONS, *MAP_EXTENSIONS)
+        for name in names
+    )
+
+
 def record_line(split: str, name: str, record: Record) -> str:
-    return json.dumps([split, name, record.sources, record.files]) + "\n"
+    return json.dumps([split, name, record.sources, record.files, record.sums]) + "\n"
 
 
-def remove_others(cache_dir: str, keep: set[str], before: set[str]) -> int:
-    """Removes the pictures, in the folders of these cached files, that are none of `keep`: how many.
+def claim_line(names: Iterable[str]) -> str:
+    return json.dumps([_CLAIM, sorted(names)]) + "\n"
 
-    Their sources are gone or have another format now; a run that was killed may have left some without a record.
+
+def claim(cache_dir: str, targets: set[str]) -> set[str]:
+    """Notes the files that are about to be written; all that the record names then.
+
+    Raises DataError where one of them is there already and not of this script, or would be written through a link.
     """
-    removed = 0
-    for folder in sorted({os.path.dirname(name) for name in keep | before}):
+    before = read_claims(cache_dir)
+    for folder in {os.path.dirname(name) for name in targets | before}:
+        for place in [folder, *map(str, Path(folder).parents)]:
+            if os.path.islink(os.path.join(cache_dir, place)) and place not in ("", "."):
+                raise DataError(f"{os.path.join(cache_dir, place)} is a link: files are only written into real folders")
+    for name in sorted(targets - before):
+        if os.path.lexists(os.path.join(cache_dir, name)):
+            raise DataError(
+                f"{os.path.join(cache_dir, name)} is in the way: {SOURCES_FILE} does not name it as a file of this"
+                " cache; move it away, or choose another cache_dir"
+            )
+    with open(os.path.join(cache_dir, SOURCES_FILE), "a", encoding="utf-8") as file:
+        file.write("\n" + claim_line(targets - before))  # the first ends a line that a killed run left unfinished
+    return targets | before
+
+
+def remove_others(cache_dir: str, keep: set[str], claimed: set[str]) -> tuple[int, list[str]]:
+    """Removes the claimed files that are none of `keep`, whose sources are gone or have another format now.
+
+    Returns how many, and the other pictures in their folders, which are not ours and stay.
+    """
+    removed, strangers = 0, []
+    for folder in sorted({os.path.dirname(name) for name in claimed}):
         place = Path(cache_dir, folder)
-        for path in place.iterdir() if place.is_dir() else ():
-            picture = path.suffix.lower() in (*IMAGE_EXTENSIONS, *MAP_EXTENSIONS) or ".part" in path.suffix
-            if picture and path.is_file() and os.path.join(folder, path.name) not in keep:
+        unfinished = {_short(os.path.basename(name)) for name in claimed if os.path.dirname(name) == folder}
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            name = os.path.join(folder, path.name)
+            half = re.fullmatch(r"\.([0-9a-f]{8})\.part\d+", path.name)
+            if name in keep or path.is_dir():
+                continue
+            if path.is_file() and not path.is_symlink() and (name in claimed or (half and half[1] in unfinished)):
                 path.unlink()
                 removed += 1
+            elif path.suffix.lower() in (*IMAGE_EXTENSIONS, *MAP_EXTENSIONS):
+                strangers.append(name)
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()  # empty folders would pass for a split without photographs
-    return removed
+    return removed, strangers
 
 
 def cache_settings(options: argparse.Namespace, spec: DatasetSpec) -> dict:
@@ -233,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         build_cache(options)
-    except (DataError, MissingSplitError) as error:
+    except (DataError, OSError) as error:  # a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -246,8 +344,15 @@ def build_cache(options: argparse.Namespace) -> None:
             f"image_size ({options.image_size}) must be at least 1, scale_jitter ({options.scale_jitter}) at least 0"
         )
     data_dir = options.data_dir.rstrip("/")
-    if is_remote(options.cache_dir) or os.path.abspath(options.cache_dir) == os.path.abspath(data_dir):
-        raise DataError(f"cache_dir {options.cache_dir} must be a local folder other than the data folder")
+    check_address(data_dir)
+    if is_remote(options.cache_dir) or (os.path.lexists(options.cache_dir) and not os.path.isdir(options.cache_dir)):
+        raise DataError(f"cache_dir {options.cache_dir} must be a local folder")
+    if not is_remote(data_dir):
+        source, target = Path(data_dir).resolve(), Path(options.cache_dir).resolve()
+        if source == target or source in target.parents or target in source.parents:
+            raise DataError(
+                f"cache_dir {options.cache_dir} must be a folder apart from {data_dir}: not it, nor in it or around it"
+            )
     if read_cache_settings(data_dir):
         raise DataError(f"{data_dir} is a cache itself; give the original")
     spec = get_spec(options.dataset_mode, data_dir, options.num_classes)
@@ -270,14 +375,21 @@ def build_cache(options: argparse.Namespace) -> None:
         raise DataError(f"cache_dir {options.cache_dir} is not empty and no cache; choose another")
     write_bytes(note, json.dumps({**settings, "complete": False}).encode())
     copy_description(options.dataset_mode, data_dir, options.cache_dir)
+    paths = [path for items in splits.values() for item in items for path in (item.image, item.label, item.instance)]
+    claimed = claim(options.cache_dir, {name for path in paths if path for name in cached_names(data_dir, path)})
     before, now = read_records(options.cache_dir), {}
     for split, items in splits.items():
         now.update(cache_split(options, spec, split, items, before))
-    keep, known = ({name for record in records.values() for name in record.files} for records in (now, before))
-    removed = remove_others(options.cache_dir, keep, known)
+    keep = {name for record in now.values() for name in record.files}
+    removed, strangers = remove_others(options.cache_dir, keep, claimed)
     if removed:
         print(f"{removed} files removed, whose originals are gone or changed")
-    lines = "".join(record_line(*key, record) for key, record in now.items())
+    if strangers:
+        print(
+            f"note: {len(strangers)} pictures in {options.cache_dir} are not of this cache and stay, but training may"
+            f" refuse them ({printable(some_names(strangers))}); move them away"
+        )
+    lines = claim_line(keep) + "".join(record_line(*key, record) for key, record in now.items())
     write_bytes(os.path.join(options.cache_dir, SOURCES_FILE), lines.encode())
     write_bytes(note, json.dumps({**settings, "complete": True}).encode())
     print(f"done: use --data_dir {options.cache_dir} with --image_size {options.image_size}")
@@ -302,7 +414,6 @@ def cache_split(
     done = map_in_processes(partial(cache_item, job), tasks, f"{split} -> {options.cache_dir}", options.workers)
     records, written = {}, 0
     with open(os.path.join(options.cache_dir, SOURCES_FILE), "a", encoding="utf-8", buffering=1) as file:
-        file.write("\n")  # ends a line that a killed run left unfinished
         for item, (wrote, record) in zip(items, done, strict=True):
             records[split, item.name] = record
             written += wrote

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from preparation import PreparationError, clear_errors, link_or_copy, open_output, write_json
+from preparation import PreparationError, check_link, clear_errors, link_or_copy, open_output, write_json
 
 SPLITS = {"train": 367, "val": 101, "test": 233}
 CLASSES = [
@@ -34,9 +34,16 @@ LAYOUTS = [("{}/images", "{}/labels"), ("{}", "{}annot")]
 
 
 def pictures(folder: Path) -> dict[str, Path]:
-    """Stem -> path of the PNG and JPEG files of a folder."""
+    """Stem -> path of the PNG and JPEG files of a folder. Raises PreparationError for broken links and twins."""
     kinds = (".png", ".jpg", ".jpeg")
-    return {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in kinds}
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in kinds and not file.name.startswith("."):
+            check_link(file)
+            if file.stem in found:
+                raise PreparationError(f"{found[file.stem]} and {file.name} share a stem: remove one of them")
+            found[file.stem] = file
+    return found
 
 
 def find_split(source: Path, split: str) -> list[tuple[Path, Path]]:
@@ -64,13 +71,15 @@ def prepare(source: Path, out: Path, every: int = 1) -> dict[str, int]:
     for split, pairs in splits.items():
         targets[f"{split}/images"] = {photograph.name: photograph for photograph, _ in pairs}
         targets[f"{split}/labels"] = {labels.name: labels for _, labels in pairs}
-    finished = open_output(out, {folder: set(files) for folder, files in targets.items()})
+    classes = [{"name": name, "color": list(color)} for name, color in CLASSES]
+    # keep_aspect: a street is wider than high, and a square would squeeze it
+    description = {"classes": classes, "crop": "keep_aspect", "instances": False}
+    expected = {folder: set(files) for folder, files in targets.items()}
+    finished = open_output(out, "prepare_camvid.py", expected, sources=[source], description=description)
     for folder, files in targets.items():
         for name in sorted(files.keys() - finished[folder]):
             link_or_copy(files[name], out / folder / name)
-    classes = [{"name": name, "color": list(color)} for name, color in CLASSES]
-    # keep_aspect: a street is wider than high, and a square would squeeze it
-    write_json({"classes": classes, "crop": "keep_aspect", "instances": False}, out / "dataset.json")
+    write_json(description, out / "dataset.json")
     return {split: len(pairs) for split, pairs in splits.items()}
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 from preparation import (
     PreparationError,
     available_cpus,
+    check_link,
     clear_errors,
     files_by_stem,
     link_or_copy,
@@ -45,7 +46,8 @@ MAPPING_NAME = "CelebA-HQ-to-CelebA-mapping.txt"
 
 
 def find_masks(folder: Path) -> dict[int, dict[str, Path]]:
-    """Face -> part -> mask file. Raises PreparationError for a missing folder or a mask of no known part."""
+    """Face -> part -> mask file. Raises PreparationError for a missing folder, a mask of no known part, one that
+    is there twice, or a broken link."""
     if not folder.is_dir():
         raise PreparationError(f"{folder} is not a folder: --source is the unpacked folder CelebAMask-HQ")
     masks: dict[int, dict[str, Path]] = {}
@@ -56,7 +58,11 @@ def find_masks(folder: Path) -> dict[int, dict[str, Path]]:
             match = re.fullmatch(r"(\d{5})_(\w+)\.png", name)
             if not match or match[2] not in PARTS[1:]:
                 raise PreparationError(f"{parent}/{name} names no known part; the parts are {', '.join(PARTS[1:])}")
-            masks.setdefault(int(match[1]), {})[match[2]] = Path(parent, name)
+            mask, of_face = Path(parent, name), masks.setdefault(int(match[1]), {})
+            check_link(mask)
+            if match[2] in of_face:
+                raise PreparationError(f"{of_face[match[2]]} and {mask} are both that mask: remove one of them")
+            of_face[match[2]] = mask
     return masks
 
 
@@ -158,7 +164,7 @@ def prepare(
     print(f"split: {rule}: " + ", ".join(f"{len(members):,} {name}" for name, members in split.items()))
     expected = {f"{name}/images": {f"{n}.jpg" for n in members} for name, members in split.items()}
     expected |= {f"{name}/labels": {f"{n}.png" for n in members} for name, members in split.items()}
-    finished = open_output(out, expected)
+    finished = open_output(out, "prepare_celebamask.py", expected, sources=[source])
     jobs = [
         (images[str(n)], masks[n], out / name / "images" / f"{n}.jpg", out / name / "labels" / f"{n}.png")
         for name, members in split.items()

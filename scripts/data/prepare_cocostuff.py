@@ -156,7 +156,7 @@ def prepare(images: Path, pixelmaps: Path, instances: Path, out: Path, workers: 
         for split in SPLITS
         for kind, suffix in KINDS.items()
     }
-    finished = open_output(out, expected)
+    finished = open_output(out, "prepare_cocostuff.py", expected, sources=[images, pixelmaps, instances])
     for split in SPLITS:
         done = [{Path(name).stem for name in finished[f"{split}_{kind}"]} for kind in KINDS]
         names = pairs[split].keys() - set.intersection(*done)

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from guided_diffusion.data.checks import SplitReport, check_headers, check_pixels, summarize
-from guided_diffusion.data.listing import Item, pair_files, read_cache_settings, unread_files
+from guided_diffusion.data.listing import Item, pair_files, printable, read_cache_settings, unread_files
 from guided_diffusion.data.specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
 from guided_diffusion.data.transforms import read_image, read_label, sampling_geometry
 from guided_diffusion.hosts.parallel import map_in_processes
@@ -41,6 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     try:
+        return verify_and_report(options)
+    except OSError as error:  # the report's: a full disk, a file in its place
+        print(f"error: the report cannot be written to {options.report_dir}: {error}", file=sys.stderr)
+        return 1
+
+
+def verify_and_report(options: argparse.Namespace) -> int:
+    """Prints and writes what is wrong; the exit code. Raises OSError where the report cannot be written."""
+    write_text(options.report_dir, "problems.txt", "the check has not ended\n")  # before hours of work
+    try:
         if options.image_size < 1:
             raise DataError(f"image_size is {options.image_size}; it must be at least 1")
         spec = get_spec(options.dataset_mode, options.data_dir, options.num_classes)
@@ -49,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         problems = verify(spec, options)
     except (DataError, MissingSplitError) as error:
         problems = [str(error)]
+    problems = [printable(problem) for problem in problems]
     write_text(options.report_dir, "problems.txt", "".join(f"{problem}\n" for problem in problems))
     if not problems:
         print(f"nothing is wrong. Look at the pictures in {options.report_dir}")
@@ -63,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verify(spec: DatasetSpec, options: argparse.Namespace) -> list[str]:
     """Prints the findings of each split, draws them, and returns all problems."""
-    print(f"{options.data_dir}: dataset_mode {spec.name}, {spec.num_classes} classes")
+    print(f"{printable(options.data_dir)}: dataset_mode {spec.name}, {spec.num_classes} classes")
     use_instances = options.no_instance.lower() not in ("true", "1", "yes")
     problems, reports, listed = [], {}, set()
     for split in ("train", "val", "test"):
@@ -97,7 +108,7 @@ def check_split(spec: DatasetSpec, split: str, items: list[Item], options: argpa
     """Headers of all files first, because they are quick; then the pixels of those whose headers are whole."""
     headers = list(map_in_processes(partial(check_headers, spec), items, f"{split}: headers", options.workers))
     for problem in [problem for report in headers for problem in report.problems][:3]:
-        print(f"{split}: {problem}", file=sys.stderr)
+        print(f"{split}: {printable(problem)}", file=sys.stderr)
     whole = [item for item, report in zip(items, headers, strict=True) if not report.problems]
     pixels = list(map_in_processes(partial(check_pixels, spec), whole, f"{split}: pixels", options.workers))
     return summarize(spec, items, headers, pixels, options.image_size)
@@ -116,7 +127,7 @@ def describe(spec: DatasetSpec, split: str, report: SplitReport) -> None:
         mean = report.instances / max(report.items, 1)
         print(f"  instance maps: {join_counts(depths)}; {mean:.1f} ids a scene, the largest {report.largest_instance}")
     for note in report.notes:
-        print(f"  note: {note}")
+        print(f"  note: {printable(note)}")
 
 
 def bits(mode: str) -> str:
@@ -181,10 +192,14 @@ def write_classes(spec: DatasetSpec, reports: dict[str, SplitReport], report_dir
 
 def write_text(folder: str, name: str, text: str) -> None:
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.part")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, os.path.join(folder, name))
+    temporary = os.path.join(folder, f".{name}.part{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, os.path.join(folder, name))
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 if __name__ == "__main__":

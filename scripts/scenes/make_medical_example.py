@@ -7,14 +7,15 @@ slices of three a bright lesion, under the speckle of an ultrasound picture. `do
 """
 
 import argparse
-import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from guided_diffusion.runs.pictures import save_png
+sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
+from preparation import PreparationError, clear_errors, open_output, write_json, write_png
 
 CLASSES = [
     {"name": "background", "color": [20, 24, 32]},
@@ -78,15 +79,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--val", type=int, default=12, help="slices to evaluate on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    for split, count in (("train", options.train), ("val", options.val)):
-        for i in range(count):
-            rng = np.random.default_rng([options.seed, i, split == "val"])
-            picture, ids = draw_slice(rng, options.size)
-            save_png(picture, options.data_dir / split / "images" / f"slice_{i:03d}.png")
-            save_png(ids, options.data_dir / split / "labels" / f"slice_{i:03d}.png")
-    description = {"classes": CLASSES, "grey": True, "instances": False}
-    (options.data_dir / "dataset.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    with clear_errors("make_medical_example"):
+        make_slices(options.data_dir, options.size, {"train": options.train, "val": options.val}, options.seed)
     print(f"{options.train} + {options.val} slices in {options.data_dir}")
+
+
+def make_slices(out: Path, size: int, counts: dict[str, int], seed: int) -> None:
+    """Writes the data set. Raises PreparationError for sizes and counts that are none, and where `out` holds files that
+    this script did not write."""
+    if size < 16 or min(counts.values()) < 0 or seed < 0:
+        raise PreparationError(
+            f"--size {size} must be at least 16, --train {counts['train']}, --val {counts['val']} and --seed {seed} 0"
+        )
+    names = {split: [f"slice_{i:03d}.png" for i in range(count)] for split, count in counts.items()}
+    expected = {f"{split}/{kind}": set(names[split]) for split in counts for kind in ("images", "labels")}
+    description = {"classes": CLASSES, "grey": True, "instances": False}
+    open_output(out, "make_medical_example.py", expected, description=description)
+    for split in counts:
+        for i, name in enumerate(names[split]):
+            picture, ids = draw_slice(np.random.default_rng([seed, i, split == "val"]), size)
+            write_png(Image.fromarray(picture), out / split / "images" / name)
+            write_png(Image.fromarray(ids), out / split / "labels" / name)
+    write_json(description, out / "dataset.json")
 
 
 if __name__ == "__main__":

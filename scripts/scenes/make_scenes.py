@@ -50,22 +50,25 @@ def make_scenes(
 ) -> None:
     """Writes the data set under `out`.
 
-    Raises PreparationError for counts or sizes that make no data set, and when `out` holds other images, which would
-    be mixed in.
+    Raises PreparationError for counts or sizes that make no data set, and when `out` holds files that this script did
+    not write.
     """
     if size < 8:
         raise PreparationError(f"--size {size}: a scene needs at least 8 pixels a side")
     if min(counts.values()) < 1:
         raise PreparationError(f"every split needs at least one scene, got {counts}")
+    if seed < 0:
+        raise PreparationError(f"--seed {seed}: it must be 0 or more")
     unknown = [time for time in times if time not in TIMES]
     if unknown or not times:
         raise PreparationError(f"--times {','.join(times)}: choose from {', '.join(TIMES)}")
     names = {split: {_file_name(index) for index in range(count)} for split, count in counts.items()}
-    open_output(out, {f"{split}/{kind}": names[split] for split in SPLITS for kind in ("images", "labels")})
+    expected = {f"{split}/{kind}": names[split] for split in SPLITS for kind in ("images", "labels")}
+    description = {"classes": [{"name": name, "color": list(color)} for name, color in CLASSES]}
+    open_output(out, "make_scenes.py", expected, description=description)
     jobs = [(out, seed, split, index, size, times) for split, count in counts.items() for index in range(count)]
     run_parallel(_write_scene, jobs, workers, f"painting scenes into {out}")
-    classes = [{"name": name, "color": list(color)} for name, color in CLASSES]
-    write_json({"classes": classes}, out / "dataset.json")
+    write_json(description, out / "dataset.json")
 
 
 def main() -> None:
