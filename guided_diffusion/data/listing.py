@@ -324,8 +324,3 @@ def printable(text: str) -> str:
 def some_names(names: Sequence[str]) -> str:
     """The first few, for a message."""
     return ", ".join(map(printable, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
-
-
-def printable(name: str) -> str:
-    """A file's name for people: where it is no text in the system's encoding, with escapes in place of those bytes."""
-    return name.encode("utf-8", "backslashreplace").decode()

@@ -132,32 +132,25 @@ class SampleRun:
 
         :raises ConfigError, DataError, CheckpointError: as `run` does.
         """
-        store.lock(self.folder, "results_path", look=True)
-        samples = [(layout, folder) for layout in range(self.layouts) for folder in self.sample_folders]
-        afresh, changed = self._check_record(), set(self._check_layouts())
+        before = self._read_record()
+        if os.path.isdir(self.folder):
+            store.lock(self.folder, "results_path", look=True)
+        _, afresh, looks, changed = self._examine(before)
+        each, names = len(self.sample_folders), self.dataset.names
         missing = [
-            layout
-            for layout, folder in samples
-            if afresh or layout in changed or not os.path.exists(self._path(folder, self.dataset.names[layout]))
+            each if afresh or names[layout] in changed else len(look.missing_samples())
+            for layout, look in enumerate(looks)
         ]
-        return len(missing), len(samples)
+        return sum(missing), each * self.layouts
 
     # -- before -------------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> Plan:
         """Checks the folder and the layouts, and writes the record. On rank 0."""
         results, names, everything = self.results, self.dataset.names[: self.layouts], set(self.dataset.names)
-        files = (path for item in self.dataset.items for path in (item.label, item.image, item.instance) if path)
-        results.check_apart([*self.inputs, *files])
-        results.read_record()  # nothing is written, not even a lock, into a folder that is not ours
-        folders = ["labels", *(["images"] if self.dataset.has_images else []), *self.sample_folders]
-        self._lock = results.open(folders)  # held until the process ends
-        before = results.read_record()
-        afresh = before is not None and self._check_settings(before)
-        recorded = before["pictures"] if before else {}
-        results.check_vacant(names, recorded, folders)
-        looks = self._look()
-        changed = [] if afresh else self._changed(recorded, looks)
+        self._read_record()  # nothing is written, not even a lock, into a folder that is not ours
+        self._lock = results.open(self._folders())  # held until the process ends
+        recorded, afresh, looks, changed = self._examine(results.read_record())
 
         gone = [name for name in recorded if name not in everything]
         if gone and (target := results.set_aside(gone)):
@@ -181,6 +174,27 @@ class SampleRun:
             elif not look.inputs_agree():
                 inputs.append(layout)
         return Plan(todo, inputs, [look.entry for look in looks])
+
+    def _folders(self) -> list[str]:
+        return ["labels", *(["images"] if self.dataset.has_images else []), *self.sample_folders]
+
+    def _read_record(self) -> dict[str, Any] | None:
+        """The record of an earlier run. :raises ConfigError: the folder is not ours to write into."""
+        files = (path for item in self.dataset.items for path in (item.label, item.image, item.instance) if path)
+        self.results.check_apart([*self.inputs, *files])
+        return self.results.read_record()
+
+    def _examine(self, before: dict[str, Any] | None) -> tuple[dict[str, Any], bool, list[Look], list[str]]:
+        """Compares what is there with what would be made. Writes nothing.
+
+        :return: the recorded pictures by layout; whether all are to be made afresh; what each layout's pictures would
+            be made from; the layouts whose samples were made from something else.
+        """
+        afresh = before is not None and self._check_settings(before)
+        recorded = before["pictures"] if before else {}
+        self.results.check_vacant(self.dataset.names[: self.layouts], recorded, self._folders())
+        looks = self._look()
+        return recorded, afresh, looks, [] if afresh else self._changed(recorded, looks)
 
     def _check_settings(self, before: dict[str, Any]) -> bool:
         """Compares with what made the samples that are there. Returns whether all are to be made afresh."""
