@@ -445,7 +445,7 @@ def test_a_sample_that_is_no_whole_picture_is_made_again(root, sample, damage, n
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (("--s", "1e300"), "s must be a finite number, at most 1000; got 1e+300"),
+        (("--s", "1e300"), "s must be a finite number; got 1e+300 (1 or less: no guidance; at most 1000)"),
         (("--s", "nan"), "s must be a finite number"),
         (("--num_steps", "0", "--timestep_respacing", "²"), "'²' is not a positive whole number"),
         (("--num_steps", "0", "--timestep_respacing", "ddim²"), "'²' is not a positive whole number"),
