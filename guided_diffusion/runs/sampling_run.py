@@ -34,6 +34,18 @@ OVERVIEW_SAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a results folder has, beside what is to be: the entries of its record, each layout now, whether all samples
+    are to be made afresh, else the names of those made from something else, and the samples to make by layout."""
+
+    recorded: dict[str, Entry]
+    looks: list[Look]
+    afresh: bool
+    changed: list[str]
+    todo: dict[int, list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run has to do: the samples to make by layout, the layouts whose label map or photograph alone is to be
     written, and what each layout's pictures are made from."""
@@ -79,6 +91,7 @@ class SampleRun:
         self.sample_folders = [
             f"samples_{i:0{digits}d}" if self.several else "samples" for i in range(config.samples_per_layout)
         ]
+        self.folders = ["labels", *(["images"] if dataset.has_images else []), *self.sample_folders]
 
     def run(self) -> bool:
         """Makes what is missing; a signal ends it in order, between two steps. Returns whether all is there. A
@@ -127,45 +140,61 @@ class SampleRun:
         self.log(f"results: {os.path.abspath(self.folder)} (overview.png shows some)")
         return True
 
+    def missing(self) -> tuple[int, int]:
+        """(images that `run` would make, images in all). Checks what `run` would check, and writes nothing.
+
+        :raises ConfigError, DataError, CheckpointError: as `run` does.
+        """
+        self._check_folder()
+        survey = self._survey()
+        return sum(map(len, survey.todo.values())), self.layouts * len(self.sample_folders)
+
     # -- before -------------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> Plan:
-        """Checks the folder and the layouts, and writes the record. On rank 0."""
-        results, names, everything = self.results, self.dataset.names[: self.layouts], set(self.dataset.names)
+    def _check_folder(self) -> None:
+        """:raises ConfigError: nothing may be written there, not even a lock."""
         files = (path for item in self.dataset.items for path in (item.label, item.image, item.instance) if path)
-        results.check_apart([*self.inputs, *files])
-        results.read_record()  # nothing is written, not even a lock, into a folder that is not ours
-        folders = ["labels", *(["images"] if self.dataset.has_images else []), *self.sample_folders]
-        self._lock = results.open(folders)  # held until the process ends
-        before = results.read_record()
+        self.results.check_apart([*self.inputs, *files])
+        self.results.read_record()
+
+    def _survey(self) -> Survey:
+        """Compares the folder with the layouts; writes nothing."""
+        before = self.results.read_record()
         afresh = before is not None and self._check_settings(before)
         recorded = before["pictures"] if before else {}
-        results.check_vacant(names, recorded, folders)
+        names = self.dataset.names[: self.layouts]
+        self.results.check_vacant(names, recorded, self.folders)
         looks = self._look()
         changed = [] if afresh else self._changed(recorded, looks)
+        anew, todo = set(names if afresh else changed), {}
+        for layout, (name, look) in enumerate(zip(names, looks, strict=True)):
+            if missing := list(range(len(look.samples))) if name in anew else look.missing_samples():
+                todo[layout] = missing
+        return Survey(recorded, looks, afresh, changed, todo)
 
-        gone = [name for name in recorded if name not in everything]
+    def _prepare(self) -> Plan:
+        """Checks the folder and the layouts, takes away what does not belong, and writes the record. On rank 0."""
+        results, names, everything = self.results, self.dataset.names[: self.layouts], set(self.dataset.names)
+        self._check_folder()
+        self._lock = results.open(self.folders)  # held until the process ends
+        survey = self._survey()
+        gone = [name for name in survey.recorded if name not in everything]
         if gone and (target := results.set_aside(gone)):
             self._tell(f"moved to {target}, because they are no layouts of this run any more", gone)
-        kept = {name: entry for name, entry in recorded.items() if name in everything}
-        if afresh:  # all of them: what remains must not pass for having been made with these settings
+        kept = {name: entry for name, entry in survey.recorded.items() if name in everything}
+        if survey.afresh:  # all of them: what remains must not pass for having been made with these settings
             results.remove(kept, inputs=True)
             kept = {}
-        results.remove(changed)
-        if strangers := results.strangers(everything | recorded.keys()):
+        results.remove(survey.changed)
+        if strangers := results.strangers(everything | survey.recorded.keys()):
             self._tell("note: pictures of no layout of this run, which scorers count; move them away", strangers)
         if self.config.overwrite:  # until it is done: a start after a stop goes on
             self.record["run"]["overwriting"] = True
-        self.record["pictures"] = kept | {name: look.entry for name, look in zip(names, looks, strict=True)}
+        entries = [look.entry for look in survey.looks]
+        self.record["pictures"] = kept | dict(zip(names, entries, strict=True))
         store.write_json(results.record_path, self.record)
-        todo, inputs = {}, []
-        for layout, (name, look) in enumerate(zip(names, looks, strict=True)):
-            missing = range(len(self.sample_folders)) if afresh or name in changed else look.missing_samples()
-            if missing:
-                todo[layout] = list(missing)
-            elif not look.inputs_agree():
-                inputs.append(layout)
-        return Plan(todo, inputs, [look.entry for look in looks])
+        inputs = [i for i, look in enumerate(survey.looks) if i not in survey.todo and not look.inputs_agree()]
+        return Plan(survey.todo, inputs, entries)
 
     def _check_settings(self, before: dict[str, Any]) -> bool:
         """Compares with what made the samples that are there. Returns whether all are to be made afresh."""
