@@ -260,7 +260,7 @@ class Sampling:
     def _check_sampling(self) -> None:
         if not abs(self.s) <= MOST_GUIDANCE:  # nor is NaN
             raise ConfigError(
-                f"s must be a finite number, at most {MOST_GUIDANCE:g}; got {self.s:g} (1 or less: no guidance)"
+                f"s must be a finite number; got {self.s:g} (1 or less: no guidance; at most {MOST_GUIDANCE:g})"
             )
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")

@@ -464,7 +464,13 @@ def test_leftovers_of_a_save_are_the_set_s_own_files_only(tmp_path):
 
 def test_leftovers_are_known_by_our_mark(tmp_path):
     theirs = [".download.part", "notes.tmp7", ".scene.png.part", "film.part", ".sdm-notes.part", ".sdm-0123456789ab"]
-    ours = [".sdm-0123456789ab.part", "model000005.pt.tmp4711", ".scene0.png.a_b1c2d3.part", "best.json.tmp1"]
+    ours = [
+        ".sdm-0123456789ab.part",
+        "model000005.pt.tmp4711",
+        ".scene0.png.a_b1c2d3.part",
+        "best.json.tmp1",
+        "progress.csv.tmp12",
+    ]
     for name in (*theirs, *ours):
         (tmp_path / name).write_text("x")
     store.remove_leftovers(str(tmp_path))

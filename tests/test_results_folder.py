@@ -386,6 +386,31 @@ def test_files_that_change_while_a_run_reads_them_stop_it(root, sample, monkeypa
     assert not (root / "results" / "samples" / "scene2.png").exists()
 
 
+def test_a_run_can_tell_what_it_would_make_and_writes_nothing(root, sample, monkeypatch):
+    assert sample("results")[0]
+    layout = root / "data" / "val" / "labels" / "scene1.png"
+    save(layout, 3 - pixels(layout))
+    (root / "results" / "samples" / "scene2.png").unlink()
+    before = contents(root / "results")
+
+    def tell(self):
+        self.log(f"would make {self.missing()}")
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_run.SampleRun, "run", tell)
+        for results, flags, count in (
+            ("results", (), 2),
+            ("results", ("--seed", "3", "--overwrite", "True"), 3),
+            ("new", ("--num_samples", "2", "--samples_per_layout", "3"), 6),
+        ):
+            done, told = sample(results, *flags)
+            total = 6 if results == "new" else LAYOUTS
+            assert done and f"would make ({count}, {total})" in told, told
+    assert contents(root / "results") == before and not (root / "new").exists()
+    assert "2 images to make" in sample("results")[1]
+
+
 # -- what dataset.json means ------------------------------------------------------------------------------------------
 
 
@@ -445,7 +470,7 @@ def test_a_sample_that_is_no_whole_picture_is_made_again(root, sample, damage, n
 @pytest.mark.parametrize(
     "flags,message",
     [
-        (("--s", "1e300"), "s must be a finite number, at most 1000; got 1e+300"),
+        (("--s", "1e300"), "s must be a finite number; got 1e+300 (1 or less: no guidance; at most 1000)"),
         (("--s", "nan"), "s must be a finite number"),
         (("--num_steps", "0", "--timestep_respacing", "²"), "'²' is not a positive whole number"),
         (("--num_steps", "0", "--timestep_respacing", "ddim²"), "'²' is not a positive whole number"),

@@ -10,8 +10,8 @@ from typing import Any
 
 # Short, whatever the file is called: a name may fill the 255 bytes that file systems allow.
 _OURS = re.compile(r"\.sdm-[0-9a-f]{12}\.part")
-# As earlier versions of this program called them.
-_BEFORE = re.compile(r".+\.(pt|json)\.tmp\d+|\..+\.png\.[a-z0-9_]{8}\.part")
+# Those of logs, and as earlier versions of this program called the others.
+_BEFORE = re.compile(r".+\.(pt|json|jsonl|csv)\.tmp\d+|\..+\.png\.[a-z0-9_]{8}\.part")
 
 
 def temporary_path(path: str | os.PathLike) -> str:

@@ -34,6 +34,18 @@ OVERVIEW_SAMPLES = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a results folder has, beside what is to be: the entries of its record, each layout now, whether all samples
+    are to be made afresh, else the names of those made from something else, and the samples to make by layout."""
+
+    recorded: dict[str, Entry]
+    looks: list[Look]
+    afresh: bool
+    changed: list[str]
+    todo: dict[int, list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run has to do: the samples to make by layout, the layouts whose label map or photograph alone is to be
     written, and what each layout's pictures are made from."""
@@ -79,6 +91,7 @@ class SampleRun:
         self.sample_folders = [
             f"samples_{i:0{digits}d}" if self.several else "samples" for i in range(config.samples_per_layout)
         ]
+        self.folders = ["labels", *(["images"] if dataset.has_images else []), *self.sample_folders]
 
     def run(self) -> bool:
         """Makes what is missing; a signal ends it in order, between two steps. Returns whether all is there. A
@@ -132,69 +145,58 @@ class SampleRun:
 
         :raises ConfigError, DataError, CheckpointError: as `run` does.
         """
-        before = self._read_record()
         if os.path.isdir(self.folder):
             store.lock(self.folder, "results_path", look=True)
-        _, afresh, looks, changed = self._examine(before)
-        each, names = len(self.sample_folders), self.dataset.names
-        missing = [
-            each if afresh or names[layout] in changed else len(look.missing_samples())
-            for layout, look in enumerate(looks)
-        ]
-        return sum(missing), each * self.layouts
+        self._check_folder()
+        survey = self._survey()
+        return sum(map(len, survey.todo.values())), self.layouts * len(self.sample_folders)
 
     # -- before -------------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> Plan:
-        """Checks the folder and the layouts, and writes the record. On rank 0."""
-        results, names, everything = self.results, self.dataset.names[: self.layouts], set(self.dataset.names)
-        self._read_record()  # nothing is written, not even a lock, into a folder that is not ours
-        self._lock = results.open(self._folders())  # held until the process ends
-        recorded, afresh, looks, changed = self._examine(results.read_record())
+    def _check_folder(self) -> None:
+        """:raises ConfigError: nothing may be written there, not even a lock."""
+        files = (path for item in self.dataset.items for path in (item.label, item.image, item.instance) if path)
+        self.results.check_apart([*self.inputs, *files])
+        self.results.read_record()
 
-        gone = [name for name in recorded if name not in everything]
+    def _survey(self) -> Survey:
+        """Compares the folder with the layouts; writes nothing."""
+        before = self.results.read_record()
+        afresh = before is not None and self._check_settings(before)
+        recorded = before["pictures"] if before else {}
+        names = self.dataset.names[: self.layouts]
+        self.results.check_vacant(names, recorded, self.folders)
+        looks = self._look()
+        changed = [] if afresh else self._changed(recorded, looks)
+        anew, todo = set(names if afresh else changed), {}
+        for layout, (name, look) in enumerate(zip(names, looks, strict=True)):
+            if missing := list(range(len(look.samples))) if name in anew else look.missing_samples():
+                todo[layout] = missing
+        return Survey(recorded, looks, afresh, changed, todo)
+
+    def _prepare(self) -> Plan:
+        """Checks the folder and the layouts, takes away what does not belong, and writes the record. On rank 0."""
+        results, names, everything = self.results, self.dataset.names[: self.layouts], set(self.dataset.names)
+        self._check_folder()
+        self._lock = results.open(self.folders)  # held until the process ends
+        survey = self._survey()
+        gone = [name for name in survey.recorded if name not in everything]
         if gone and (target := results.set_aside(gone)):
             self._tell(f"moved to {target}, because they are no layouts of this run any more", gone)
-        kept = {name: entry for name, entry in recorded.items() if name in everything}
-        if afresh:  # all of them: what remains must not pass for having been made with these settings
+        kept = {name: entry for name, entry in survey.recorded.items() if name in everything}
+        if survey.afresh:  # all of them: what remains must not pass for having been made with these settings
             results.remove(kept, inputs=True)
             kept = {}
-        results.remove(changed)
-        if strangers := results.strangers(everything | recorded.keys()):
+        results.remove(survey.changed)
+        if strangers := results.strangers(everything | survey.recorded.keys()):
             self._tell("note: pictures of no layout of this run, which scorers count; move them away", strangers)
         if self.config.overwrite:  # until it is done: a start after a stop goes on
             self.record["run"]["overwriting"] = True
-        self.record["pictures"] = kept | {name: look.entry for name, look in zip(names, looks, strict=True)}
+        entries = [look.entry for look in survey.looks]
+        self.record["pictures"] = kept | dict(zip(names, entries, strict=True))
         store.write_json(results.record_path, self.record)
-        todo, inputs = {}, []
-        for layout, (name, look) in enumerate(zip(names, looks, strict=True)):
-            missing = range(len(self.sample_folders)) if afresh or name in changed else look.missing_samples()
-            if missing:
-                todo[layout] = list(missing)
-            elif not look.inputs_agree():
-                inputs.append(layout)
-        return Plan(todo, inputs, [look.entry for look in looks])
-
-    def _folders(self) -> list[str]:
-        return ["labels", *(["images"] if self.dataset.has_images else []), *self.sample_folders]
-
-    def _read_record(self) -> dict[str, Any] | None:
-        """The record of an earlier run. :raises ConfigError: the folder is not ours to write into."""
-        files = (path for item in self.dataset.items for path in (item.label, item.image, item.instance) if path)
-        self.results.check_apart([*self.inputs, *files])
-        return self.results.read_record()
-
-    def _examine(self, before: dict[str, Any] | None) -> tuple[dict[str, Any], bool, list[Look], list[str]]:
-        """Compares what is there with what would be made. Writes nothing.
-
-        :return: the recorded pictures by layout; whether all are to be made afresh; what each layout's pictures would
-            be made from; the layouts whose samples were made from something else.
-        """
-        afresh = before is not None and self._check_settings(before)
-        recorded = before["pictures"] if before else {}
-        self.results.check_vacant(self.dataset.names[: self.layouts], recorded, self._folders())
-        looks = self._look()
-        return recorded, afresh, looks, [] if afresh else self._changed(recorded, looks)
+        inputs = [i for i, look in enumerate(survey.looks) if i not in survey.todo and not look.inputs_agree()]
+        return Plan(survey.todo, inputs, entries)
 
     def _check_settings(self, before: dict[str, Any]) -> bool:
         """Compares with what made the samples that are there. Returns whether all are to be made afresh."""

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import guided_diffusion.train_util  # noqa: E402, F401 - imported once here, inherited by every forked run
+from guided_diffusion.data.own_files import is_temporary  # noqa: E402
 
 SIDE, CLASSES, RATE = 16, 4, "0.9"
 TIMED = ("images_per_second",)  # figures that differ from run to run
@@ -156,7 +157,7 @@ def check_end(reference: Path, killed: Path, steps: int) -> int:
         raise KillTestFailed(f"{len(differing)} of {len(expected)} tensors differ, for example {differing[0]}")
     if rows(reference) != rows(killed):
         raise KillTestFailed(f"the figures differ: {reference}/progress.jsonl, {killed}/progress.jsonl")
-    leftovers = [path.name for path in killed.iterdir() if ".tmp" in path.name]
+    leftovers = [path.name for path in killed.iterdir() if is_temporary(path.name)]
     if leftovers:
         raise KillTestFailed(f"temporary files are left: {leftovers}")
     return len(expected)
