@@ -95,11 +95,12 @@ def read_sources(folder: Path) -> None:
 CACHE = {"dataset_mode": "custom", "image_size": 4, "scale_jitter": 0.0, "complete": True, "spec": {"num_classes": 4}}
 SOURCES = {"lines": ["train", "a.png", [[1, 2], [3, 4], None], ["train/images/a.png"], [[5, 6]]]}
 CLAIM = {"lines": ["files", ["train/images/a.png", "b.png"]]}
+OUTSIDE = {"lines": ["files", ["../x.png", "b.png"]]}
 PREPARED = {"program": "x.py", "files": {"train/images": ["scene0.png"]}, "dataset_json": []}
 JSON_FILES = [
     JsonFile("dataset.json", DATASET_JSON, read_data, (DataError,), 500, WORDS),
     JsonFile("cache.json", [CACHE], read_cache_settings, (DataError,), 80),
-    JsonFile("cache_sources.jsonl", [SOURCES, CLAIM], read_sources, (), 200),
+    JsonFile("cache_sources.jsonl", [SOURCES, CLAIM, OUTSIDE], read_sources, (), 200),
     JsonFile(
         "prepared.json",
         [PREPARED],
