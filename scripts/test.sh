@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The whole check: lint, formatting and every test. Arguments go to pytest: bash scripts/test.sh tests/test_unet.py -x
+# Daily work, in under two minutes: bash scripts/test.sh -m "not slow"
 source "$(dirname "$0")/common.sh"
 use_environment mpi,test
 ruff check .

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import io
 import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
 from golden_helpers import load_formula_weights
 
@@ -56,3 +61,20 @@ def run(script: str, *flags: str, ranks: int = 0, **environment: str) -> subproc
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
     )
+
+
+def run_here(script: str, *flags: str) -> SimpleNamespace:
+    """The same in this process, without the seconds that a start takes: `returncode`, and the output in `stdout`.
+
+    A sentence that the script ends with is the last of its output. What is no such ending fails the test by itself.
+    Locks of a folder are no use here: they are between processes.
+    """
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        patch.setattr(sys, "argv", [script, *flags])
+        try:
+            code = importlib.import_module(pathlib.Path(script).stem).main()
+        except SystemExit as end:
+            code = end.code
+    said = f"{code}\n" if isinstance(code, str) else ""
+    return SimpleNamespace(returncode=1 if said else code or 0, stdout=output.getvalue() + said)

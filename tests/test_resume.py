@@ -4,16 +4,11 @@ import shutil
 
 import pytest
 import torch
-from training_helpers import make_data, make_loop
+from training_helpers import make_loop
 
 from guided_diffusion.runs.optimizers import load_optimizer_state
 from guided_diffusion.weights import store
 from guided_diffusion.weights.store import CheckpointError
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from data_helpers import draw, save, write_custom
 from PIL import Image
-from sampling_helpers import run, save_checkpoint
+from sampling_helpers import run, run_here, save_checkpoint
 from training_helpers import finish, launch, wait_for
 
 import image_sample
@@ -31,9 +31,11 @@ def root(tmp_path_factory):
     return root
 
 
-def sample(root, results, *flags, ranks=0):
+def sample(root, results, *flags, ranks=0, apart=False):
+    """`apart`, or of several ranks: in processes of their own."""
     model = ("--model_path", str(root / "run" / "ema_0.9_best.pt"), "--results_path", str(root / results))
-    return run("image_sample.py", *model, *FAST, *flags, ranks=ranks)
+    flags = ("image_sample.py", *model, *FAST, *flags)
+    return run(*flags, ranks=ranks) if ranks or apart else run_here(*flags)
 
 
 def refused(monkeypatch, root, results, message):
@@ -166,7 +168,7 @@ def test_a_run_goes_on_where_it_stopped(root, two_ranks):
 
 def test_a_results_folder_belongs_to_one_run(root, two_ranks):
     held = store.lock(str(root / "two"), "results_path")
-    result = sample(root, "two")
+    result = sample(root, "two", apart=True)
     assert result.returncode == 1 and "in use by another run" in result.stdout and "--results_path" in result.stdout
     held.close()
 

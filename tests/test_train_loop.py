@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from training_helpers import differing, make_data, make_loop, state_of
+from training_helpers import differing, make_loop, state_of
 
 from guided_diffusion.image_datasets import DataError, training_batches
 from guided_diffusion.layouts.lookup import LabelLayout
@@ -17,11 +17,6 @@ from guided_diffusion.seeding import normals, stable_seed
 from guided_diffusion.settings import ConfigError
 from guided_diffusion.train_util import TrainingDiverged
 from guided_diffusion.weights import store
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from training_helpers import (
     finish,
     flags,
     launch,
-    make_data,
     make_loop,
     state_of,
     train,
@@ -33,11 +32,6 @@ MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.e
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or not mpi_available(), reason="no mpiexec, or no MPI library for mpi4py"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
