@@ -26,6 +26,7 @@ from training_helpers import (
 )
 
 from guided_diffusion.dist_util import mpi_available
+from guided_diffusion.image_datasets import training_batches
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.weights import store
 
@@ -190,6 +191,20 @@ def test_bad_data_on_one_rank_ends_both(data, tmp_path):
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert statuses == [1, 1], said
     assert all("scene3.png" in text and "Traceback" not in text for text in said), said
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_load_its_batch_saves_with_the_others(data, tmp_path, rank):
+    dataset = make_loop(data, tmp_path / "unused").dataset
+    batches = training_batches(dataset, batch_size=2, rank=rank, world_size=2, num_workers=0)._batches
+    name = [next(batches)["name"] for _ in range(2)][1][0]  # the first epoch has each scene once
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "labels" / f"{name}.png").write_bytes(b"no picture")
+    statuses = train(flags(tmp_path / "data", tmp_path / "run", batch_size=2), 2, tmp_path / "log")
+    said = [(tmp_path / f"log.{r}").read_text() for r in range(2)]
+    assert statuses == [1, 1] and all(name in text and "Traceback" not in text for text in said), said
+    manifest = store.newest_complete(str(tmp_path / "run"), print)
+    assert manifest["step"] == 1 and manifest["emergency"].startswith(f"rank {rank}: DataError")
 
 
 @pytest.mark.parametrize(

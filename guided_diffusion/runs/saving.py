@@ -50,17 +50,18 @@ class Saving:
                 self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
             self.directory.publish(self.state.step, list(self.state.emas))
 
-    def save(self, measure_first: bool = True) -> None:
+    def save(self, measure_first: bool = True, emergency: str = "") -> None:
         """Writes this step's checkpoint set, model.pt and, where it is better, ema_{rate}_best.pt. A collective.
 
         :param measure_first: False: the validation loss comes after the writing, as who sent a signal may not wait.
+        :param emergency: what has ended the training; the manifest says so, and nothing is measured.
         :raises CheckpointError: nothing that was there before is harmed.
         """
-        losses = self._measure() if measure_first else {}
+        losses = self._measure() if measure_first and not emergency else {}
         with gathered(self.state.optimizer, self.world):
-            self.world.on_main(lambda: self._write(losses))
+            self.world.on_main(lambda: self._write(losses, emergency))
         self.state.saved_step = self.state.step
-        if not measure_first and (losses := self._measure()):
+        if not measure_first and not emergency and (losses := self._measure()):
             self.world.on_main(lambda: self.directory.publish(self.state.step, list(self.state.emas), losses))
 
     def _measure(self) -> dict[str, float]:
@@ -76,7 +77,7 @@ class Saving:
         self.logger.row({"step": state.step} | {f"val_loss_{rate}": loss for rate, loss in losses.items()})
         return losses
 
-    def _write(self, losses: dict[str, float]) -> None:
+    def _write(self, losses: dict[str, float], emergency: str) -> None:
         step = self.state.step
         manifest = {
             "samples_seen": self.state.samples_seen,
@@ -84,6 +85,8 @@ class Saving:
             "validation_loss": losses,
             "measure": self.validation.measure if self.validation is not None else None,
         }
+        if emergency:
+            manifest["emergency"] = emergency
         self.directory.write(step, self.state.contents(), manifest, self.record)
         best = self.directory.publish(step, list(self.state.emas))
         self.directory.prune(step)
