@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -257,6 +257,8 @@ class TrainLoop:
         step = self.state.step
         if step in (self.state.saved_step, self._first_step):
             told = f"nothing was trained since step {step}, and nothing had to be saved"
+        elif self._whole and not self.state.finite():
+            told = "nothing is saved: the weights are not finite"
         elif not self._whole:
             told = "nothing is saved: it came while the weights were being changed"
         else:
@@ -282,6 +284,8 @@ class TrainLoop:
     def _save(self, measure_first: bool = True) -> None:
         """A collective. :raises TrainingDiverged: there is nothing good to save."""
         self._check_bad_steps()
+        if not self.state.finite():
+            self._diverged(f"the weights of step {self.state.step} are not finite")
         with self._clock_stopped():
             self.saving.save(measure_first=measure_first)
 
@@ -368,12 +372,18 @@ class TrainLoop:
         """:raises TrainingDiverged: too many steps in a row were not finite, at most `look_interval` - 1 steps ago."""
         _, _, in_a_row = self.trainer.bad_steps.read()
         if in_a_row >= self.config.max_bad_steps:
-            step, saved = self.state.step, self.state.saved_step
-            good = "there is none" if saved is None else store.model_name(saved)
-            raise TrainingDiverged(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite (at step {step}). "
-                f"Last good checkpoint in {self.folder}: {good}. Try a lower --lr, --max_grad_norm 1, or bf16."
+            self._diverged(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite (at step {self.state.step})"
             )
+
+    def _diverged(self, what: str) -> NoReturn:
+        """A collective. :raises TrainingDiverged: always."""
+        good = self.world.on_main(self.saving.directory.note_divergence)
+        raise TrainingDiverged(
+            f"{what}. Last good checkpoint in {self.folder}: "
+            f"{'there is none' if good is None else f'{store.model_name(good)}, from which the next start goes on'}. "
+            "Try a lower --lr, --max_grad_norm 1, or bf16."
+        )
 
     def _set_learning_rate(self) -> None:
         rate = self.config.lr

@@ -134,11 +134,40 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, precision):
 def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
     loop = make_loop(data, tmp_path, max_steps=20, save_interval=2, max_bad_steps=3)
     poison(loop, {3, 6, 7, 8})  # one alone does no harm
-    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*at step 9\).*model000008\.pt"):
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*at step 9\).*model000006\.pt, from which"):
         loop.run()
-    assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 8).values())
-    again = make_loop(data, tmp_path)
-    assert again.trainer.bad_steps.read() == (3, 2, 0)  # of the checkpoint of step 8
+    assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 6).values())
+    again = make_loop(data, tmp_path, max_steps=10, keep_checkpoints=1, save_interval=2, max_bad_steps=3)
+    assert (again.state.step, again.trainer.bad_steps.read()) == (6, (1, 0, 0))
+    assert again.run()
+
+
+def test_within_a_row_of_bad_steps_nothing_good_is_replaced(data, tmp_path):
+    """`--keep_checkpoints 1`: the good one stays. A run that is only stopped goes on where it was, and counts on."""
+    settings = dict(save_interval=2, keep_checkpoints=1, max_bad_steps=5)
+    loop = make_loop(data, tmp_path, max_steps=6, **settings)
+    poison(loop, {3, 4, 5})
+    loop.run()
+    assert [store.read_manifest(str(tmp_path), step)["good"] for step in (2, 4, 6)] == [True, False, False]
+    assert (tmp_path / "model.pt").samefile(tmp_path / "model000002.pt")
+    again = make_loop(data, tmp_path, max_steps=20, **settings)
+    assert (again.state.step, again.trainer.bad_steps.read()) == (6, (3, 3, 0))
+    poison(again, {6, 7})
+    with pytest.raises(TrainingDiverged, match=r"5 steps in a row .*at step 8\).*model000002\.pt"):
+        again.run()
+    final = make_loop(data, tmp_path, max_steps=8, **settings)
+    assert (final.state.step, final.trainer.bad_steps.read()) == (2, (0, 0, 0))
+    final.run()
+    assert (tmp_path / "model.pt").samefile(tmp_path / "model000008.pt")
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+    """Before any step has noticed: the last one before the save has made them so."""
+    loop = make_loop(data, tmp_path, max_steps=6, save_interval=2)
+    after_step(loop, 4, lambda: loop.state.parameters[0].data.fill_(math.inf))
+    with pytest.raises(TrainingDiverged, match=r"weights of step 4 are not finite.*model000002\.pt"):
+        loop.run()
+    assert not list(tmp_path.glob("*000004*"))
 
 
 @pytest.mark.parametrize(

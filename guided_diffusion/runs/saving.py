@@ -48,7 +48,7 @@ class Saving:
         if self.state.continues:  # the run may have been killed between writing the set and publishing it
             if changes := changed_settings(self.directory.config(), self.record):
                 self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
-            self.directory.publish(self.state.step, list(self.state.emas))
+            self.directory.publish(self.state.step, list(self.state.emas), note=self.logger.log)
 
     def save(self, measure_first: bool = True, emergency: str = "") -> None:
         """Writes this step's checkpoint set, model.pt and, where it is better, ema_{rate}_best.pt. A collective.
@@ -62,7 +62,8 @@ class Saving:
             self.world.on_main(lambda: self._write(losses, emergency))
         self.state.saved_step = self.state.step
         if not measure_first and not emergency and (losses := self._measure()):
-            self.world.on_main(lambda: self.directory.publish(self.state.step, list(self.state.emas), losses))
+            rates, note = list(self.state.emas), self.logger.log
+            self.world.on_main(lambda: self.directory.publish(self.state.step, rates, losses, note=note))
 
     def _measure(self) -> dict[str, float]:
         """The validation loss by EMA rate; empty where there is nothing to measure on, or it failed. A collective."""
@@ -78,21 +79,26 @@ class Saving:
         return losses
 
     def _write(self, losses: dict[str, float], emergency: str) -> None:
-        step = self.state.step
+        step, rates, note = self.state.step, list(self.state.emas), self.logger.log
+        good = self.state.bad_in_a_row == 0
         manifest = {
             "samples_seen": self.state.samples_seen,
             "world_size": self.world.size,
             "validation_loss": losses,
             "measure": self.validation.measure if self.validation is not None else None,
+            "good": good,
+            "best": self.directory.best(rates, note),
         }
         if emergency:
             manifest["emergency"] = emergency
         self.directory.write(step, self.state.contents(), manifest, self.record)
-        best = self.directory.publish(step, list(self.state.emas))
-        self.directory.prune(step)
+        best = self.directory.publish(step, rates, note=note)
+        if good:  # else the older ones are better
+            self.directory.prune(step)
         figures = ", ".join(f"EMA {rate}: {loss:.5f}" for rate, loss in losses.items())
         self.logger.log(
             f"saved step {step} in {self.directory.folder}"
+            + ("" if good else "; the last step was not finite, so nothing older gives way to it")
             + (f"; validation loss of {figures}" if figures else "")
             + (f"; new best: {', '.join(best)}" if best and losses else "")
         )
