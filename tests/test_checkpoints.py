@@ -334,6 +334,31 @@ def test_where_a_run_starts(tmp_path):
     assert "saved with 1 ranks" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        (dict(world_size=None), 10),
+        (dict(samples_seen=None), 10),
+        (dict(samples_seen="many", validation_loss=[1], measure=3, best=7, step="x"), 10),
+        (dict(validation_loss=None), 10),
+        (dict(step=None), 10),
+        (dict(files=["model000010.pt"]), 5),
+        (dict(files={"model000010.pt": 3}), 5),
+    ],
+)
+def test_a_manifest_without_a_part_is_no_hindrance(tmp_path, changes, step):
+    """What tells nothing of the files' content is not needed; a manifest that does not name them counts as damaged."""
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    path = tmp_path / "checkpoint000010.json"
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
+    found, said = start(tmp_path)
+    assert (found.step, found.samples_seen) == (step, 4 * step) and found.continues
+    assert ("samples_seen" in said) == ("samples_seen" in changes)
+    publishing.publish_set(str(tmp_path), step, RATES, print)
+
+
 def test_a_published_checkpoint_without_ema_and_optimizer_lends_what_it_has(tmp_path):
     torch.save({"w": torch.zeros(3)}, tmp_path / "model000100.pt")
     found, said = start(tmp_path / "own", tmp_path / "model000100.pt")
