@@ -176,7 +176,7 @@ class Logger:
         if odd and odd != [len(lines)]:  # the last may be half written
             self._set_aside("progress.jsonl", f"line {odd[0]} is no row of figures")
         kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last]
-        _replace(path, lambda file: file.writelines(line.decode() for line in kept))
+        _replace(path, lambda file: file.writelines(line.decode().rstrip("\n") + "\n" for line in kept))
         return [json.loads(line) for line in kept]
 
     def _set_aside(self, name: str, why: str) -> None:
@@ -209,7 +209,7 @@ def _step_of(line: bytes) -> float | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     known = isinstance(row, dict) and isinstance(step, (int, float)) and step == step
-    return step if known and line.endswith(b"\n") else None
+    return step if known else None
 
 
 def _replace(path: str, write: Callable[[Any], Any]) -> None:

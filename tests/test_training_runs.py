@@ -17,6 +17,7 @@ from training_helpers import (
     environment,
     finish,
     flags,
+    free_port,
     launch,
     make_data,
     make_loop,
@@ -191,6 +192,37 @@ def test_bad_data_on_one_rank_ends_both(data, tmp_path):
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert statuses == [1, 1], said
     assert all("scene3.png" in text and "Traceback" not in text for text in said), said
+
+
+def launch_each(commands: list[list[str]], log: Path) -> list[int]:
+    """Ranks with a command each; their exit statuses."""
+    port = str(free_port())
+    processes = []
+    for rank, command in enumerate(commands):
+        variables = dict(RANK=str(rank), WORLD_SIZE=str(len(commands)), LOCAL_RANK=str(rank))
+        variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with open(f"{log}.{rank}", "w") as output:
+            processes.append(
+                subprocess.Popen([sys.executable, *command], env=environment(**variables), stdout=output, stderr=output)
+            )
+    return finish(processes, 60)
+
+
+@pytest.mark.parametrize("program", ["image_train.py", "image_sample.py"])
+def test_ranks_with_different_settings_name_the_first_difference(data, tmp_path, program):
+    """Neither trains, nor waits for the other."""
+    if program == "image_train.py":
+        common = flags(data, tmp_path / "run", batch_size=2)
+        others = [[*common, "--max_steps", "4"], [*common, "--max_steps", "8"]]
+        expected = "of max_steps, rank 0 has --max_steps 4 and rank 1 has --max_steps 8"
+    else:
+        common = [str(ROOT / program), "--model_path", "m.pt", "--results_path", str(tmp_path / "run")]
+        others = [common, [*common, "--s", "2"]]
+        expected = "of s, rank 0 has none and rank 1 has --s 2.0"
+    statuses = launch_each(others, tmp_path / "log")
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert statuses == [1, 1] and all(expected in text and "Traceback" not in text for text in said), said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
