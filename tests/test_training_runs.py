@@ -32,6 +32,7 @@ from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.weights import store
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+OTHER_ENDS = "photographs loader diverging"
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or not mpi_available(), reason="no mpiexec, or no MPI library for mpi4py"
 )
@@ -112,10 +113,11 @@ def test_another_number_of_ranks_on_resume(data, one_rank, two_ranks, tmp_path):
     assert mean < 1e-5 and largest < 2e-3
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_moments(ranks, tmp_path):
+@pytest.mark.parametrize(("ranks", "kills", "ends"), [(1, 2, "kill"), (2, 2, "kill"), (2, 4, OTHER_ENDS)])
+def test_kills_at_random_moments(ranks, kills, ends, tmp_path):
     """In a process of its own: it forks, which one that has computed on several threads must not."""
-    script = ["scripts/cluster/kill_test.py", "--kills", "2", "--ranks", str(ranks), "--seed", str(ranks)]
+    script = ["scripts/cluster/kill_test.py", "--kills", str(kills), "--ranks", str(ranks), "--seed", str(ranks)]
+    script += ["--ends", *ends.split()]
     result = subprocess.run(
         [sys.executable, *script, "--keep", str(tmp_path)],
         cwd=ROOT,
