@@ -9,6 +9,7 @@ import sys
 from guided_diffusion import dist_util
 from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.pipeline import SDMPipeline
+from guided_diffusion.runs.agreement import check_same_flags
 from guided_diffusion.runs.picture_record import sampling_record
 from guided_diffusion.runs.plan_sampling import plan_sampling, pretended_pipeline
 from guided_diffusion.runs.sampling_run import SampleRun
@@ -33,6 +34,7 @@ def main() -> int:
     with dist_util.report_errors(
         world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, store.CheckpointError)
     ):
+        check_same_flags(world, flags)
         config = build_config(SampleConfig, flags)
         plan = build_config(PlanConfig, flags)
         config.check(needs_model=not plan.dry_run)

@@ -15,6 +15,7 @@ from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
 from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.logger import Logger
 from guided_diffusion.objectives.denoising import Denoising
+from guided_diffusion.runs.agreement import check_same_flags
 from guided_diffusion.runs.plan_training import plan_training
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
@@ -44,6 +45,7 @@ def main() -> int:
     with dist_util.report_errors(
         world, (ConfigError, DataError, CheckpointError, TrainingDiverged, OSError, ImportError)
     ):
+        check_same_flags(world, flags)
         data, config = build_config(DataConfig, flags), build_config(TrainConfig, flags)
         config.check()
         plan = build_config(PlanConfig, flags)

@@ -16,6 +16,8 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from .hosts.set_aside import set_aside
+
 BATCH_JOBS = {"SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID"}
 
 
@@ -70,6 +72,8 @@ class Logger:
             return
         os.makedirs(self.folder, exist_ok=True)
         self._drop_rows(step)
+        if os.path.isdir(self._path("log.txt")):
+            self._set_aside("log.txt", "it is a folder")
         self._text = open(  # noqa: SIM115
             self._path("log.txt"),
             "a",
@@ -140,37 +144,77 @@ class Logger:
             self._write(file, line.getvalue())
 
     def _drop_rows(self, last: int) -> None:
-        """Takes the rows after step `last` out of both files, and half a row that a killed run left."""
-        if os.path.exists(self._path("progress.csv")):
-            with open(self._path("progress.csv"), newline="", encoding="utf-8") as file:
+        """Takes the rows after step `last` out of both files, and half a row that a killed run left.
+
+        What is no file of ours any more (a spreadsheet has saved it) is kept under another name, and what can be read
+        of progress.jsonl goes on in both files.
+        """
+        rows = self._readable_rows(last)
+        path = self._path("progress.csv")
+        if not os.path.lexists(path):
+            return
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
                 self._columns = next(csv.reader(file), [])
-            self._rewrite_csv(
-                lambda row: None not in row.values() and row["step"].isdigit() and int(row["step"]) <= last
-            )
-        if os.path.exists(self._path("progress.jsonl")):
-            with open(self._path("progress.jsonl"), encoding="utf-8") as file:
-                lines = [line for line in file if _step_of(line) <= last]
-            _replace(self._path("progress.jsonl"), lambda file: file.writelines(lines))
+            if "step" not in self._columns or len(set(self._columns)) < len(self._columns):
+                raise ValueError(f"its first line is {','.join(self._columns)[:80]!r}")
+            self._rewrite_csv(lambda row: _is_row(row) and int(row["step"]) <= last)
+        except (OSError, ValueError, csv.Error) as error:
+            self._set_aside("progress.csv", str(error))
+            self._columns = list(dict.fromkeys(name for row in rows for name in row))
+            if rows:
+                _replace(path, lambda file: self._write_csv(file, rows))
+
+    def _readable_rows(self, last: int) -> list[dict[str, Any]]:
+        """The rows of progress.jsonl up to step `last`, which are all that stays in it."""
+        path = self._path("progress.jsonl")
+        if not os.path.lexists(path):
+            return []
+        try:
+            with open(path, "rb") as file:
+                lines = file.read().splitlines(keepends=True)
+        except OSError as error:
+            self._set_aside("progress.jsonl", str(error))
+            return []
+        steps = [_step_of(line) for line in lines]
+        odd = [number for number, step in enumerate(steps, start=1) if step is None]
+        if odd and odd != [len(lines)]:  # the last may be half written
+            self._set_aside("progress.jsonl", f"line {odd[0]} is no row of figures")
+        kept = [line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last]
+        _replace(path, lambda file: file.writelines(line.decode().rstrip("\n") + "\n" for line in kept))
+        return [json.loads(line) for line in kept]
+
+    def _set_aside(self, name: str, why: str) -> None:
+        self.log(
+            f"note: {self._path(name)} cannot be read ({why}); kept as {set_aside(self._path(name), 'unreadable')}"
+        )
 
     def _rewrite_csv(self, keep: Callable[[dict[str, str]], bool]) -> None:
         rows = []
         if os.path.exists(self._path("progress.csv")):
             with open(self._path("progress.csv"), newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if keep(row)]
+        _replace(self._path("progress.csv"), lambda file: self._write_csv(file, rows))
 
-        def write(file: Any) -> None:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-        _replace(self._path("progress.csv"), write)
+    def _write_csv(self, file: TextIO, rows: list[dict[str, Any]]) -> None:
+        writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def _step_of(line: str) -> float:
+def _is_row(row: dict[str | None, Any]) -> bool:
+    return None not in row and None not in row.values() and row["step"].isascii() and row["step"].isdigit()
+
+
+def _step_of(line: bytes) -> float | None:
+    """The step of a row of progress.jsonl; None: it is none."""
     try:
-        return float(json.loads(line)["step"])
+        row = json.loads(line.decode())
+        step = row["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")
+        return None
+    known = isinstance(row, dict) and isinstance(step, (int, float)) and step == step
+    return step if known else None
 
 
 def _replace(path: str, write: Callable[[Any], Any]) -> None:

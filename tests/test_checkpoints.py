@@ -13,22 +13,23 @@ import torch
 
 from guided_diffusion.runs.log_directory import LogDirectory
 from guided_diffusion.runs.resume import find_start
-from guided_diffusion.weights import store
+from guided_diffusion.weights import publishing, store
 from guided_diffusion.weights.store import CheckpointError
 
 RATES = ["0.9"]
 
 
-def save(folder, step, size=100, losses=None, measure=None):
+def save(folder, step, size=100, losses=None, measure=None, good=True):
     """A set whose tensors hold the number of the step; published, as the training loop does it."""
     contents = {
         store.model_name(step): lambda: {"w": torch.full((size,), float(step))},
         store.ema_name("0.9", step): lambda: {"w": torch.full((size,), -float(step))},
         store.optimizer_name(step): lambda: {"state": {}},
     }
-    manifest = {"samples_seen": 4 * step, "world_size": 1, "validation_loss": losses or {}}
-    store.save_set(str(folder), step, contents, manifest)
-    return store.publish_set(str(folder), step, RATES, losses or {}, measure)
+    best = publishing.read_best(str(folder), RATES, print)
+    manifest = {"samples_seen": 4 * step, "world_size": 1, "validation_loss": losses or {}, "measure": measure}
+    store.save_set(str(folder), step, contents, manifest | {"best": best, "good": good})
+    return publishing.publish_set(str(folder), step, RATES, print)
 
 
 def newest(folder) -> tuple[int | None, list[str]]:
@@ -123,7 +124,7 @@ def test_a_set_that_a_kill_cut_short_is_removed_and_others_files_are_not(tmp_pat
 
     code = """
 import os, sys
-from guided_diffusion.weights import store
+from guided_diffusion.weights import publishing, store
 contents = {"model000010.pt": dict, "opt000010.pt": lambda: os._exit(9)}
 store.save_set(sys.argv[1], 10, contents, {})
 """
@@ -219,7 +220,7 @@ def test_publishing_again_changes_nothing(tmp_path, monkeypatch, links):
         monkeypatch.setattr(os, "link", link)
     assert save(tmp_path, 5, losses={"0.9": 1.0}) == ["0.9"]
     before = listing(tmp_path)
-    assert store.publish_set(str(tmp_path), 5, RATES, {"0.9": 1.0}) == []
+    assert publishing.publish_set(str(tmp_path), 5, RATES, print) == []
     assert listing(tmp_path) == before
 
 
@@ -333,6 +334,31 @@ def test_where_a_run_starts(tmp_path):
     assert "saved with 1 ranks" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        (dict(world_size=None), 10),
+        (dict(samples_seen=None), 10),
+        (dict(samples_seen="many", validation_loss=[1], measure=3, best=7, step="x"), 10),
+        (dict(validation_loss=None), 10),
+        (dict(step=None), 10),
+        (dict(files=["model000010.pt"]), 5),
+        (dict(files={"model000010.pt": 3}), 5),
+    ],
+)
+def test_a_manifest_without_a_part_is_no_hindrance(tmp_path, changes, step):
+    """What tells nothing of the files' content is not needed; a manifest that does not name them counts as damaged."""
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    path = tmp_path / "checkpoint000010.json"
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if value is not None}))
+    found, said = start(tmp_path)
+    assert (found.step, found.samples_seen) == (step, 4 * step) and found.continues
+    assert ("samples_seen" in said) == ("samples_seen" in changes)
+    publishing.publish_set(str(tmp_path), step, RATES, print)
+
+
 def test_a_published_checkpoint_without_ema_and_optimizer_lends_what_it_has(tmp_path):
     torch.save({"w": torch.zeros(3)}, tmp_path / "model000100.pt")
     found, said = start(tmp_path / "own", tmp_path / "model000100.pt")
@@ -364,7 +390,7 @@ def test_a_set_without_a_loss_is_not_the_best_of_measured_ones(tmp_path):
 def test_losses_may_be_measured_after_the_save(tmp_path):
     save(tmp_path, 10, losses={"0.9": 0.4})
     save(tmp_path, 15, losses={})
-    store.add_losses(str(tmp_path), 15, RATES, {"0.9": 0.3})
+    publishing.add_losses(str(tmp_path), 15, RATES, {"0.9": 0.3}, print)
     assert newest(tmp_path) == (15, [])
     assert store.read_manifest(str(tmp_path), 15)["validation_loss"] == {"0.9": 0.3}
     assert value(tmp_path / "ema_0.9_best.pt") == -15
@@ -489,5 +515,63 @@ def test_best_with_losses_that_are_not_numbers_or_not_measured(tmp_path):
     assert save(tmp_path, 2, losses={"0.9": 0.5}) == RATES
     assert save(tmp_path, 3, losses={"0.9": float("nan")}) == []
     assert save(tmp_path, 4, losses={"0.9": 0.6}) == []
-    assert save(tmp_path, 5) == RATES  # no validation any more: the latest counts
-    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 5, "loss": None}}
+    assert save(tmp_path, 5) == []  # no validation any more: one that was measured stays
+    assert json.loads((tmp_path / "best.json").read_text()) == {"0.9": {"step": 2, "loss": 0.5}}
+
+
+def lose(path):
+    path.unlink()
+
+
+def make_a_list(path):
+    path.write_text("[1, 2]")
+
+
+def garble_an_entry(path):
+    path.write_text('{"0.9": {"step": "five", "loss": [0.5]}}')
+
+
+@pytest.mark.parametrize("harm", [lose, make_a_list, scramble, garble_an_entry])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_measured_best_is_replaced_by_a_better_measured_one_only(tmp_path, harm, pruned):
+    """Also where best.json is lost: the manifests know the losses, of sets that are gone too."""
+    save(tmp_path, 5, losses={"0.9": 0.5}, measure="m")
+    save(tmp_path, 10, losses={"0.9": 0.6}, measure="m")
+    if pruned:
+        store.prune(str(tmp_path), 1, 10)
+    harm(tmp_path / "best.json")
+    assert publishing.publish_set(str(tmp_path), 10, RATES, print) == []  # as a run that goes on does
+    assert save(tmp_path, 15) == []  # --val_images 0
+    assert save(tmp_path, 20, losses={"0.9": 0.55}, measure="m") == []
+    assert value(tmp_path / "ema_0.9_best.pt") == -5
+    assert save(tmp_path, 25, losses={"0.9": 0.45}, measure="m") == RATES
+    assert value(tmp_path / "ema_0.9_best.pt") == -25
+    assert (tmp_path / "best.json.unreadable-1").exists() == (harm is not lose)
+
+
+def test_a_best_that_nothing_is_known_of_is_kept_under_another_name(tmp_path):
+    save(tmp_path, 5, losses={"0.9": 0.5}, measure="m")
+    for name in ("best.json", "checkpoint000005.json"):
+        (tmp_path / name).unlink()
+    assert save(tmp_path, 10) == []
+    assert save(tmp_path, 15, losses={"0.9": 0.6}, measure="m") == RATES
+    assert value(tmp_path / "ema_0.9_best.pt") == -15
+    assert value(tmp_path / "ema_0.9_best.pt.unmeasured-1") == -5
+
+
+def test_a_set_that_is_not_good_takes_nothings_place(tmp_path):
+    save(tmp_path, 1, good=False)  # but there it is better than nothing
+    assert value(tmp_path / "model.pt") == 1 and value(tmp_path / "ema_0.9_best.pt") == -1
+    save(tmp_path, 5, losses={"0.9": 0.5}, measure="m")
+    assert save(tmp_path, 10, losses={"0.9": 0.1}, measure="m", good=False) == []
+    assert value(tmp_path / "model.pt") == 5 and value(tmp_path / "ema_0.9_best.pt") == -5
+    assert newest(tmp_path)[0] == 10  # stopped within a row of bad steps: it goes on there
+    assert store.note_divergence(str(tmp_path)) == 5
+    assert newest(tmp_path)[0] == 5
+
+
+def test_sets_of_a_training_that_diverged_are_all_there_is(tmp_path):
+    save(tmp_path, 5, good=False)
+    assert store.note_divergence(str(tmp_path)) is None
+    assert newest(tmp_path)[0] == 5
+    assert start(tmp_path)[0].fresh_streak

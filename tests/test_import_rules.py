@@ -15,8 +15,8 @@ ALLOWED = {
     "seeding": set(),
     "resample": set(),
     "fp16_util": set(),
-    "logger": set(),
     "hosts": set(),
+    "logger": {"hosts"},
     "data": {"hosts"},
     "image_datasets": {"data"},
     "layouts": {"nn"},
@@ -27,7 +27,7 @@ ALLOWED = {
     "respace": {"gaussian_diffusion"},
     "script_util": {"gaussian_diffusion", "respace", "settings", "unet"},
     "objectives": {"nn", "layouts", "losses", "gaussian_diffusion"},
-    "weights": {"data", "settings"},
+    "weights": {"data", "hosts", "settings"},
     "dist_util": {"hosts"},
     "pipeline": {
         "data", "fp16_util", "hosts", "layouts", "respace", "sampling", "script_util", "seeding", "settings", "unet",

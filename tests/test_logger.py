@@ -78,6 +78,51 @@ def test_a_continued_run_drops_the_rows_after_its_checkpoint(tmp_path):
     assert [row["step"] for row in read_jsonl(tmp_path)] == [2, 4, 6, 8]
 
 
+def by_a_spreadsheet(text):
+    return "\ufeff" + text.replace(",", ";")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("progress.csv", lambda path: path.write_text(by_a_spreadsheet(path.read_text()))),
+        ("progress.csv", lambda path: path.write_text("\ufeff" + path.read_text())),
+        ("progress.csv", lambda path: path.write_bytes("Schritt,Größe\n1,2\n".encode("latin-1"))),
+        ("progress.csv", lambda path: path.write_text(path.read_text().replace("step", "Step"))),
+        ("progress.csv", lambda path: path.write_text("step,step\n1,1\n")),
+        ("progress.csv", lambda path: path.write_text("")),
+        ("progress.csv", lambda path: (path.unlink(), path.mkdir())),
+        ("progress.csv", lambda path: path.write_text(path.read_text() + '8,"' + "x" * 200_000)),
+        ("progress.jsonl", lambda path: path.write_bytes(b'[1]\n"\xe9"\n{"step": "x"}\n' + path.read_bytes())),
+        ("progress.jsonl", lambda path: (path.unlink(), path.mkdir())),
+        ("log.txt", lambda path: (path.unlink(), path.mkdir())),
+    ],
+)
+def test_a_log_that_cannot_be_read_is_set_aside_and_the_run_goes_on(tmp_path, name, harm, capsys):
+    logger = opened(tmp_path)
+    for step in (2, 4, 6):
+        logger.row({"step": step, "loss": 0.5})
+    logger.close()
+    harm(tmp_path / name)
+    spoilt = (tmp_path / name).read_bytes() if (tmp_path / name).is_file() else None
+    logger = opened(tmp_path, step=4)
+    logger.row({"step": 6, "lr": 0.25})
+    kept = tmp_path / f"{name}.unreadable-1"
+    assert kept.is_dir() if spoilt is None else kept.read_bytes() == spoilt
+    assert f"note: {tmp_path / name} cannot be read" in capsys.readouterr().err
+    rows_left = not (name == "progress.jsonl" and spoilt is None)
+    assert [row["step"] for row in read_jsonl(tmp_path)] == ([2, 4, 6] if rows_left else [6])
+    assert [(row["step"], row.get("loss")) for row in read_csv(tmp_path)] == [("2", "0.5"), ("4", "0.5"), ("6", "")]
+
+
+@pytest.mark.parametrize("step", ["²", "٣", "-1", "", "1e3"])
+def test_a_row_whose_step_is_no_number_is_left_out(tmp_path, step):
+    (tmp_path / "progress.csv").write_text(f"step,loss\n1,0.5\n{step},0.5\n2,0.5,7\n")
+    logger = opened(tmp_path, step=9)
+    logger.row({"step": 10, "loss": 0.5})
+    assert [row["step"] for row in read_csv(tmp_path)] == ["1", "10"]
+
+
 def test_a_full_disk_is_named(tmp_path):
     logger = opened(tmp_path)
     logger._rows = open("/dev/full", "w")  # noqa: SIM115

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import signal
 
@@ -127,11 +129,40 @@ def test_a_step_that_is_not_finite_changes_nothing(data, tmp_path, precision):
 def test_too_many_bad_steps_name_the_last_good_checkpoint(data, tmp_path):
     loop = make_loop(data, tmp_path, max_steps=20, save_interval=2, max_bad_steps=3)
     poison(loop, {3, 6, 7, 8})  # one alone does no harm
-    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*at step 9\).*model000008\.pt"):
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row .*at step 9\).*model000006\.pt, from which"):
         loop.run()
-    assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 8).values())
-    again = make_loop(data, tmp_path)
-    assert again.trainer.bad_steps.read() == (3, 2, 0)  # of the checkpoint of step 8
+    assert all(torch.isfinite(value).all() for value in state_of(tmp_path, 6).values())
+    again = make_loop(data, tmp_path, max_steps=10, keep_checkpoints=1, save_interval=2, max_bad_steps=3)
+    assert (again.state.step, again.trainer.bad_steps.read()) == (6, (1, 0, 0))
+    assert again.run()
+
+
+def test_within_a_row_of_bad_steps_nothing_good_is_replaced(data, tmp_path):
+    """`--keep_checkpoints 1`: the good one stays. A run that is only stopped goes on where it was, and counts on."""
+    settings = dict(save_interval=2, keep_checkpoints=1, max_bad_steps=5)
+    loop = make_loop(data, tmp_path, max_steps=6, **settings)
+    poison(loop, {3, 4, 5})
+    loop.run()
+    assert [store.read_manifest(str(tmp_path), step)["good"] for step in (2, 4, 6)] == [True, False, False]
+    assert (tmp_path / "model.pt").samefile(tmp_path / "model000002.pt")
+    again = make_loop(data, tmp_path, max_steps=20, **settings)
+    assert (again.state.step, again.trainer.bad_steps.read()) == (6, (3, 3, 0))
+    poison(again, {6, 7})
+    with pytest.raises(TrainingDiverged, match=r"5 steps in a row .*at step 8\).*model000002\.pt"):
+        again.run()
+    final = make_loop(data, tmp_path, max_steps=8, **settings)
+    assert (final.state.step, final.trainer.bad_steps.read()) == (2, (0, 0, 0))
+    final.run()
+    assert (tmp_path / "model.pt").samefile(tmp_path / "model000008.pt")
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path):
+    """Before any step has noticed: the last one before the save has made them so."""
+    loop = make_loop(data, tmp_path, max_steps=6, save_interval=2)
+    after_step(loop, 4, lambda: loop.state.parameters[0].data.fill_(math.inf))
+    with pytest.raises(TrainingDiverged, match=r"weights of step 4 are not finite.*model000002\.pt"):
+        loop.run()
+    assert not list(tmp_path.glob("*000004*"))
 
 
 @pytest.mark.parametrize(
@@ -358,6 +389,75 @@ def test_run_tells_whether_a_signal_left_steps_to_do(data, tmp_path, monkeypatch
     assert loop.run() is finished
     assert loop.state.step == 2 and told in (tmp_path / "log.txt").read_text().splitlines()[-1]
     assert store.newest_complete(str(tmp_path), print)["step"] == 2
+
+
+def after_step(loop, number, action):
+    """`action` happens once step `number` is taken."""
+    step = loop.train_step
+
+    def train_step(batch):
+        step(batch)
+        if loop.state.step == number:
+            action()
+
+    loop.train_step = train_step
+
+
+def out_of_memory(loop):
+    def losses(*_):
+        raise torch.OutOfMemoryError("none is left")
+
+    loop.objective.losses = losses
+
+
+@pytest.mark.parametrize("end", ["a photograph vanishes", "a loader is killed", "no memory", "no row of figures"])
+def test_whatever_ends_a_run_its_steps_are_saved_and_it_goes_on_to_the_same_weights(data, six_steps, tmp_path, end):
+    shutil.copytree(data, tmp_path / "data")
+    photographs = tmp_path / "data" / "train" / "images"
+    loop = make_loop(tmp_path / "data", tmp_path / "run", max_steps=6)
+    loop.num_workers = int(end == "a loader is killed")
+
+    def kill():
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()  # the signal of its death comes here, where nothing may be raised
+        assert loop.state.step == 4
+
+    def no_row(row):
+        raise OSError(28, "No space left on device", "progress.jsonl")
+
+    action, error = {
+        "a photograph vanishes": (lambda: photographs.rename(tmp_path / "elsewhere"), (DataError, r"images")),
+        "a loader is killed": (kill, (DataError, "a process that loads data has died")),
+        "no memory": (lambda: out_of_memory(loop), (torch.OutOfMemoryError, "none is left")),
+        "no row of figures": (lambda: setattr(loop.logger, "row", no_row), (OSError, "No space left")),
+    }[end]
+    after_step(loop, 4, action)
+    with pytest.raises(error[0], match=error[1]):
+        loop.run()
+    manifest = store.newest_complete(str(tmp_path / "run"), print)
+    assert (manifest["step"], manifest["samples_seen"]) == (4, 16) and error[0].__name__ in manifest["emergency"]
+    assert "ended at step 4; all is saved. The reason" in (tmp_path / "run" / "log.txt").read_text()
+    make_loop(data, tmp_path / "run", max_steps=6).run()
+    assert differing(state_of(six_steps, 6), state_of(tmp_path / "run", 6)) == []
+
+
+def test_weights_that_were_being_changed_are_not_saved(data, tmp_path, monkeypatch):
+    """Half of them are of one step and half of another."""
+    loop = make_loop(data, tmp_path, max_steps=6, save_interval=2)
+    after_step(loop, 3, lambda: setattr(loop, "_after_step", lambda *_: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        loop.run()
+    assert store.newest_complete(str(tmp_path), print)["step"] == 2 and not list(tmp_path.glob("*000004*"))
+    assert "while the weights were being changed" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_that_fails_before_its_first_step_saves_nothing(data, tmp_path):
+    loop = make_loop(data, tmp_path, max_steps=6)
+    out_of_memory(loop)
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.run()
+    assert not list(tmp_path.glob("*.pt"))
 
 
 def test_looking_layouts_up_changes_nothing_but_the_rounding(data, tmp_path, monkeypatch):

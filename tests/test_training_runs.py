@@ -17,6 +17,7 @@ from training_helpers import (
     environment,
     finish,
     flags,
+    free_port,
     launch,
     make_loop,
     state_of,
@@ -25,10 +26,12 @@ from training_helpers import (
 )
 
 from guided_diffusion.dist_util import mpi_available
+from guided_diffusion.image_datasets import training_batches
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.weights import store
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+OTHER_ENDS = "photographs loader diverging"
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or not mpi_available(), reason="no mpiexec, or no MPI library for mpi4py"
 )
@@ -104,10 +107,11 @@ def test_another_number_of_ranks_on_resume(data, one_rank, two_ranks, tmp_path):
     assert mean < 1e-5 and largest < 2e-3
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_moments(ranks, tmp_path):
+@pytest.mark.parametrize(("ranks", "kills", "ends"), [(1, 2, "kill"), (2, 2, "kill"), (2, 4, OTHER_ENDS)])
+def test_kills_at_random_moments(ranks, kills, ends, tmp_path):
     """In a process of its own: it forks, which one that has computed on several threads must not."""
-    script = ["scripts/cluster/kill_test.py", "--kills", "2", "--ranks", str(ranks), "--seed", str(ranks)]
+    script = ["scripts/cluster/kill_test.py", "--kills", str(kills), "--ranks", str(ranks), "--seed", str(ranks)]
+    script += ["--ends", *ends.split()]
     result = subprocess.run(
         [sys.executable, *script, "--keep", str(tmp_path)],
         cwd=ROOT,
@@ -184,6 +188,51 @@ def test_bad_data_on_one_rank_ends_both(data, tmp_path):
     said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
     assert statuses == [1, 1], said
     assert all("scene3.png" in text and "Traceback" not in text for text in said), said
+
+
+def launch_each(commands: list[list[str]], log: Path) -> list[int]:
+    """Ranks with a command each; their exit statuses."""
+    port = str(free_port())
+    processes = []
+    for rank, command in enumerate(commands):
+        variables = dict(RANK=str(rank), WORLD_SIZE=str(len(commands)), LOCAL_RANK=str(rank))
+        variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with open(f"{log}.{rank}", "w") as output:
+            processes.append(
+                subprocess.Popen([sys.executable, *command], env=environment(**variables), stdout=output, stderr=output)
+            )
+    return finish(processes, 60)
+
+
+@pytest.mark.parametrize("program", ["image_train.py", "image_sample.py"])
+def test_ranks_with_different_settings_name_the_first_difference(data, tmp_path, program):
+    """Neither trains, nor waits for the other."""
+    if program == "image_train.py":
+        common = flags(data, tmp_path / "run", batch_size=2)
+        others = [[*common, "--max_steps", "4"], [*common, "--max_steps", "8"]]
+        expected = "of max_steps, rank 0 has --max_steps 4 and rank 1 has --max_steps 8"
+    else:
+        common = [str(ROOT / program), "--model_path", "m.pt", "--results_path", str(tmp_path / "run")]
+        others = [common, [*common, "--s", "2"]]
+        expected = "of s, rank 0 has none and rank 1 has --s 2.0"
+    statuses = launch_each(others, tmp_path / "log")
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert statuses == [1, 1] and all(expected in text and "Traceback" not in text for text in said), said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_cannot_load_its_batch_saves_with_the_others(data, tmp_path, rank):
+    dataset = make_loop(data, tmp_path / "unused").dataset
+    batches = training_batches(dataset, batch_size=2, rank=rank, world_size=2, num_workers=0)._batches
+    name = [next(batches)["name"] for _ in range(2)][1][0]  # the first epoch has each scene once
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "labels" / f"{name}.png").write_bytes(b"no picture")
+    statuses = train(flags(tmp_path / "data", tmp_path / "run", batch_size=2), 2, tmp_path / "log")
+    said = [(tmp_path / f"log.{r}").read_text() for r in range(2)]
+    assert statuses == [1, 1] and all(name in text and "Traceback" not in text for text in said), said
+    manifest = store.newest_complete(str(tmp_path / "run"), print)
+    assert manifest["step"] == 1 and manifest["emergency"].startswith(f"rank {rank}: DataError")
 
 
 @pytest.mark.parametrize(

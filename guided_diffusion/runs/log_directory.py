@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from ..weights import store
+from ..weights import publishing, store
 
 
 class LogDirectory:
@@ -51,23 +51,43 @@ class LogDirectory:
         """Adds the set of `step`, whole or not at all, and config.json.
 
         :param contents: file name -> function that makes what `torch.save` shall write; called one after the other.
-        :param manifest: what checkpoint{step}.json shall hold; `publish` reads `validation_loss` and `measure` there.
+        :param manifest: what checkpoint{step}.json shall hold; `publish` reads `validation_loss`, `measure` and `good`
+            there.
         :raises CheckpointError: the disk is full, say; older sets are unharmed.
         """
         store.write_json(os.path.join(self.folder, store.CONFIG_NAME), config)
         store.save_set(self.folder, step, contents, manifest)
 
-    def publish(self, step: int, rates: Sequence[str], late_losses: dict[str, float] | None = None) -> list[str]:
+    def publish(
+        self,
+        step: int,
+        rates: Sequence[str],
+        late_losses: dict[str, float] | None = None,
+        *,
+        note: Callable[[str], None],
+    ) -> list[str]:
         """Makes the set of `step` the latest, and of each EMA rate the best where its loss is. Returns the rates whose
         best was updated. Doing it again changes nothing.
 
         :param late_losses: validation losses that were measured after the set was written.
         :raises CheckpointError: a file cannot be written; it is as it was.
         """
-        if late_losses:
-            return store.add_losses(self.folder, step, rates, late_losses)
-        manifest = store.read_manifest(self.folder, step)
-        return store.publish_set(self.folder, step, rates, manifest["validation_loss"], manifest.get("measure"))
+        with self.writing():
+            if late_losses:
+                return publishing.add_losses(self.folder, step, rates, late_losses, note)
+            return publishing.publish_set(self.folder, step, rates, note)
+
+    def best(self, rates: Sequence[str], note: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+        """The best average of each rate so far: its step, loss and measure. :raises CheckpointError: see `publish`."""
+        with self.writing():
+            return publishing.read_best(self.folder, rates, note)
+
+    def note_divergence(self) -> int | None:
+        """The sets since the last good one are not gone on from by themselves. Returns its step; None: there is none.
+
+        :raises CheckpointError: that cannot be written.
+        """
+        return store.note_divergence(self.folder)
 
     def prune(self, newest: int) -> None:
         """Removes all sets but the last `keep` that end with step `newest`."""

@@ -33,6 +33,7 @@ class Start:
     emas: dict[str, str] = field(default_factory=dict)  # by rate
     optimizer: str = ""
     continues: bool = False  # the log directory's own run
+    fresh_streak: bool = True  # the bad steps in a row that it ended with do not count
     base: dict[str, str] = field(default_factory=dict)  # the --resume_checkpoint that the run began from, and its hash
 
     # One file at a time, as every rank of a host gets a copy. :raises CheckpointError: it is damaged.
@@ -72,11 +73,19 @@ def find_start(
         log(f"continuing this log directory's run at step {step}")
         if resume_checkpoint and store.step_of(resume_checkpoint) != step:
             log(f"note: {resume_checkpoint} is not used any more; give another --logdir to start from it again")
-        if manifest["world_size"] != world_size:
-            log(f"note: saved with {manifest['world_size']} ranks; the data goes on from the samples seen then")
+        ranks = manifest.get("world_size", world_size)
+        if ranks != world_size:
+            log(f"note: saved with {ranks} ranks; the data goes on from the samples seen then")
         files = _files_beside(store.join(logdir, store.model_name(step)), step, rates, log)
         base = directory.config().get("start", {})
-        return Start(step=step, samples_seen=manifest["samples_seen"], continues=True, base=base, **files)
+        return Start(
+            step=step,
+            samples_seen=_samples_seen(manifest, step, global_batch, log),
+            continues=True,
+            fresh_streak=bool(manifest.get("diverged")),
+            base=base,
+            **files,
+        )
     step = store.step_of(resume_checkpoint)
     if step is None or os.path.realpath(os.path.dirname(resume_checkpoint)) != os.path.realpath(logdir):
         store.check_vacant(logdir)  # a numbered one in it, of another program, is a run that goes on there
@@ -97,11 +106,16 @@ def find_start(
         raise store.CheckpointError(
             f"the checkpoint of step {step} in {folder or '.'} is damaged ({problem}): start from another one"
         )
-    manifest = store.read_manifest(folder, step)
-    if "samples_seen" not in manifest:
-        log(f"note: no {store.manifest_name(step)} beside it; the data goes on as after {step} steps")
-    seen = manifest.get("samples_seen", step * global_batch)
+    seen = _samples_seen(store.read_manifest(folder, step), step, global_batch, log)
     return Start(step=step, samples_seen=seen, base=base, **_files_beside(resume_checkpoint, step, rates, log))
+
+
+def _samples_seen(manifest: dict[str, Any], step: int, global_batch: int, log: Log) -> int:
+    seen = manifest.get("samples_seen")
+    if type(seen) is int and seen >= 0:
+        return seen
+    log(f"note: no samples_seen in a {store.manifest_name(step)}; the data goes on as after {step} steps")
+    return step * global_batch
 
 
 def check_base(base: dict[str, str], resume_checkpoint: str) -> None:
@@ -244,4 +258,4 @@ def _load_optimizer(state: TrainingState, start: Start, config: TrainConfig, wor
     for group in state.optimizer.param_groups:  # the flag counts, not what it was when saved
         group["weight_decay"] = config.weight_decay
     if rest is not None:
-        state.load_rest(rest)
+        state.load_rest(rest, start.fresh_streak)

@@ -48,20 +48,22 @@ class Saving:
         if self.state.continues:  # the run may have been killed between writing the set and publishing it
             if changes := changed_settings(self.directory.config(), self.record):
                 self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")
-            self.directory.publish(self.state.step, list(self.state.emas))
+            self.directory.publish(self.state.step, list(self.state.emas), note=self.logger.log)
 
-    def save(self, measure_first: bool = True) -> None:
+    def save(self, measure_first: bool = True, emergency: str = "") -> None:
         """Writes this step's checkpoint set, model.pt and, where it is better, ema_{rate}_best.pt. A collective.
 
         :param measure_first: False: the validation loss comes after the writing, as who sent a signal may not wait.
+        :param emergency: what has ended the training; the manifest says so, and nothing is measured.
         :raises CheckpointError: nothing that was there before is harmed.
         """
-        losses = self._measure() if measure_first else {}
+        losses = self._measure() if measure_first and not emergency else {}
         with gathered(self.state.optimizer, self.world):
-            self.world.on_main(lambda: self._write(losses))
+            self.world.on_main(lambda: self._write(losses, emergency))
         self.state.saved_step = self.state.step
-        if not measure_first and (losses := self._measure()):
-            self.world.on_main(lambda: self.directory.publish(self.state.step, list(self.state.emas), losses))
+        if not measure_first and not emergency and (losses := self._measure()):
+            rates, note = list(self.state.emas), self.logger.log
+            self.world.on_main(lambda: self.directory.publish(self.state.step, rates, losses, note=note))
 
     def _measure(self) -> dict[str, float]:
         """The validation loss by EMA rate; empty where there is nothing to measure on, or it failed. A collective."""
@@ -76,20 +78,27 @@ class Saving:
         self.logger.row({"step": state.step} | {f"val_loss_{rate}": loss for rate, loss in losses.items()})
         return losses
 
-    def _write(self, losses: dict[str, float]) -> None:
-        step = self.state.step
+    def _write(self, losses: dict[str, float], emergency: str) -> None:
+        step, rates, note = self.state.step, list(self.state.emas), self.logger.log
+        good = self.state.bad_in_a_row == 0
         manifest = {
             "samples_seen": self.state.samples_seen,
             "world_size": self.world.size,
             "validation_loss": losses,
             "measure": self.validation.measure if self.validation is not None else None,
+            "good": good,
+            "best": self.directory.best(rates, note),
         }
+        if emergency:
+            manifest["emergency"] = emergency
         self.directory.write(step, self.state.contents(), manifest, self.record)
-        best = self.directory.publish(step, list(self.state.emas))
-        self.directory.prune(step)
+        best = self.directory.publish(step, rates, note=note)
+        if good:  # else the older ones are better
+            self.directory.prune(step)
         figures = ", ".join(f"EMA {rate}: {loss:.5f}" for rate, loss in losses.items())
         self.logger.log(
             f"saved step {step} in {self.directory.folder}"
+            + ("" if good else "; the last step was not finite, so nothing older gives way to it")
             + (f"; validation loss of {figures}" if figures else "")
             + (f"; new best: {', '.join(best)}" if best and losses else "")
         )

@@ -41,6 +41,15 @@ class TrainingState:
     def parameters(self) -> list[torch.nn.Parameter]:
         return self.trainer.parameters
 
+    @property
+    def bad_in_a_row(self) -> int:
+        """How many of the last steps were not finite, and skipped. Reading it is a transfer from the device."""
+        return self.trainer.bad_steps.read()[1]
+
+    def finite(self) -> bool:
+        """Whether all weights are. A transfer from the device."""
+        return bool(torch.stack([torch.isfinite(p).all() for p in self.parameters]).all())
+
     def ema(self, rate: str) -> dict[str, torch.Tensor]:
         """The averaged weights by name: the tensors themselves, no copies."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.emas[rate], strict=True))
@@ -62,11 +71,14 @@ class TrainingState:
         counts = {"bad_steps": total, "bad_in_a_row": in_a_row}
         return {"precision": self.trainer.state_dict(), "schedule_sampler": history, **counts}
 
-    def load_rest(self, rest: dict[str, Any]) -> None:
-        """What an optimizer's file holds under `trainer`: loss scale, history of losses, counts of bad steps."""
+    def load_rest(self, rest: dict[str, Any], fresh_streak: bool) -> None:
+        """What an optimizer's file holds under `trainer`: loss scale, history of losses, counts of bad steps.
+
+        :param fresh_streak: bad steps in a row are counted from 0.
+        """
         self.trainer.load_state_dict(rest["precision"])
         history = {name: value.numpy() for name, value in rest["schedule_sampler"].items()}
         if history:
             self.schedule_sampler.load_state_dict(history)
         device = self.parameters[0].device
-        self.trainer.bad_steps = BadSteps(device, rest["bad_steps"], rest["bad_in_a_row"])
+        self.trainer.bad_steps = BadSteps(device, rest["bad_steps"], 0 if fresh_streak else rest["bad_in_a_row"])

@@ -1,9 +1,11 @@
-"""Signals that ask a run to save its state and end."""
+"""Signals that ask a run to save its state and end, and the signal that a process which loads data has died."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ..dist_util import World
@@ -45,6 +47,48 @@ class StopSignals:
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class LoaderDeaths:
+    """Within it, the death of a process that loads data raises where batches are waited for, and nowhere else.
+
+    PyTorch's loader raises from its handler of SIGCHLD, wherever the program happens to be: in the midst of an
+    optimizer step, or of a save.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = self._noted = False
+        self._before: Any = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._noted = True
+        if self._waiting:
+            self._tell(number, frame)
+
+    def _tell(self, number: int, frame: Any) -> None:
+        self._noted = False
+        if callable(self._before):
+            self._before(number, frame)
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """For waiting for a batch. :raises RuntimeError: a process has died by now, or dies meanwhile."""
+        self._waiting = True
+        try:
+            if self._noted:
+                self._tell(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._waiting = False
+
+    def __enter__(self) -> LoaderDeaths:
+        if hasattr(signal, "SIGCHLD"):
+            self._before = signal.signal(signal.SIGCHLD, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, self._before or signal.SIG_DFL)
 
 
 class StopRequests:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import IO, Any, BinaryIO
 
 import blobfile
@@ -155,51 +154,6 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
             os.remove(intent)
 
 
-def publish_set(
-    folder: str, step: int, rates: Sequence[str], losses: dict[str, float], measure: str | None = None
-) -> list[str]:
-    """Makes the complete set of `step` the latest: model.pt, and ema_{rate}_best.pt where the loss is the lowest so far
-    (or unknown). Doing it again changes nothing.
-
-    best.json remembers step, loss and `measure`, which names what the losses were measured on: those of another one do
-    not compare, and the new set counts as the best. Returns the rates whose best was updated.
-    :raises CheckpointError: one of them cannot be written; it is as it was.
-    """
-    publish(os.path.join(folder, model_name(step)), os.path.join(folder, MODEL_NAME))
-    path = os.path.join(folder, "best.json")
-    best = _read_json(path)
-    updated = []
-    for rate in rates:
-        known, loss = best.get(rate, {}), losses.get(rate)
-        before = known.get("loss") if known.get("measure") == measure else None
-        if loss is not None and not math.isfinite(loss):
-            loss = math.inf  # worse than any, but better than no file at all
-        if loss is None and measure is not None and before is not None:
-            continue  # not measured (a signal came, or it failed), and one that was is there
-        # Without any loss, or any validation, the latest counts as the best.
-        if loss is not None and rate in best and loss >= (math.inf if before is None else before):
-            continue
-        publish(os.path.join(folder, ema_name(rate, step)), os.path.join(folder, ema_name(rate, "best")))
-        best[rate] = {"step": step, "loss": loss if loss is not None and math.isfinite(loss) else None}
-        if measure is not None:
-            best[rate]["measure"] = measure
-        updated.append(rate)
-    if updated:
-        write_json(path, best)
-    return updated
-
-
-def add_losses(folder: str, step: int, rates: Sequence[str], losses: dict[str, float]) -> list[str]:
-    """Puts validation losses into the manifest of a set that was saved without, and publishes it with them. Returns the
-    rates whose best was updated.
-
-    :raises CheckpointError: see `publish_set`.
-    """
-    manifest = read_manifest(folder, step) | {"validation_loss": losses}
-    write_json(os.path.join(folder, manifest_name(step)), manifest)
-    return publish_set(folder, step, rates, losses, manifest.get("measure"))
-
-
 def file_hash(path: str) -> str:
     """The SHA-256 of a file (local or a blobfile URL)."""
     digest = hashlib.sha256()
@@ -215,7 +169,7 @@ def prune(folder: str, keep: int, newest: int) -> None:
     `model.pt` and the best EMAs are names of their own and stay; so do later sets (damaged ones that the run passed
     over), which must not count among the kept.
     """
-    steps = [step for step in _manifest_steps(folder) if step <= newest]
+    steps = [step for step in manifest_steps(folder) if step <= newest]
     for step in steps[:-keep] if keep > 0 else []:
         names = _set_files(read_manifest(folder, step), step)
         # The manifest first, as a set that is half removed must not count; it stays as the note of what is to go.
@@ -287,7 +241,7 @@ def remove_leftovers(folder: str) -> None:
         manifest = name.removeprefix(".").removesuffix(".part")
         match = _MANIFEST.fullmatch(manifest) if name == f".{manifest}.part" else None
         if match:
-            begun = {} if os.path.exists(os.path.join(folder, manifest)) else _read_json(os.path.join(folder, name))
+            begun = {} if os.path.exists(os.path.join(folder, manifest)) else read_json(os.path.join(folder, name))
             for part in _set_files(begun, int(match.group(1))):
                 with contextlib.suppress(OSError):
                     os.remove(os.path.join(folder, part))
@@ -299,7 +253,8 @@ def remove_leftovers(folder: str) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _manifest_steps(folder: str) -> list[int]:
+def manifest_steps(folder: str) -> list[int]:
+    """The steps of all sets that have a manifest, in order."""
     if not os.path.isdir(folder):
         return []
     return sorted(int(match.group(1)) for name in os.listdir(folder) if (match := _MANIFEST.fullmatch(name)))
@@ -315,7 +270,8 @@ def exists(path: str) -> bool:
     return blobfile.exists(path) if "://" in path else os.path.exists(path)
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where there is none."""
     try:
         with _open(path, "rb") as file:
             content = parse_json(file.read())
@@ -357,19 +313,41 @@ def join(folder: str, name: str) -> str:
 def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
     """The manifest of the newest set in `folder` that is whole; None where there is none.
 
-    Damaged ones are passed over with a warning that names what is wrong.
+    Damaged ones are passed over with a warning that names what is wrong; so are those of a training that had diverged,
+    where there is an older one.
     """
-    for step in reversed(_manifest_steps(folder)):
+    diverged = None
+    for step in reversed(manifest_steps(folder)):
         problem = damage(folder, step)
-        if problem is None:
-            return read_manifest(folder, step)
-        warn(f"warning: the checkpoint of step {step} in {folder} is damaged ({problem}); trying the one before")
+        manifest = read_manifest(folder, step) | {"step": step}
+        if problem is not None:
+            warn(f"warning: the checkpoint of step {step} in {folder} is damaged ({problem}); trying the one before")
+        elif manifest.get("diverged"):
+            warn(f"note: when step {step} was saved in {folder}, the training was diverging; trying the one before")
+            diverged = diverged or manifest
+        else:
+            return manifest
+    return diverged
+
+
+def note_divergence(folder: str) -> int | None:
+    """Notes in the manifests of the sets since the last good one that training diverged. Returns its step; None: there
+    is none.
+
+    :raises CheckpointError: one cannot be written.
+    """
+    for step in reversed(manifest_steps(folder)):
+        manifest = read_manifest(folder, step)
+        if manifest and manifest.get("good", True):
+            return step
+        if manifest:
+            write_json(os.path.join(folder, manifest_name(step)), manifest | {"diverged": True})
     return None
 
 
 def check_vacant(folder: str) -> None:
     """:raises CheckpointError: a new run in `folder` would write over the weights of another one."""
-    if steps := _manifest_steps(folder):
+    if steps := manifest_steps(folder):
         raise CheckpointError(
             f"no checkpoint in {folder} is whole, and a new run would replace its weights: restore the files that the "
             f"warnings name, or give another --logdir, with --resume_checkpoint {join(folder, model_name(steps[-1]))} "
@@ -464,14 +442,20 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
 
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:
-    """The manifest of `step`; empty where there is none (a checkpoint of another program)."""
-    return _read_json(join(folder, manifest_name(step)))
+    """The manifest of `step`; empty where there is none (a checkpoint of another program), or it is not one."""
+    manifest = read_json(join(folder, manifest_name(step)))
+    files = manifest.get("files")
+    whole = isinstance(files, dict) and all(
+        isinstance(file, dict) and type(file.get("size")) is int and isinstance(file.get("sha256"), str)
+        for file in files.values()
+    )
+    return manifest if whole else {}
 
 
 def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:
     """The settings that a new start is bound to, and the file they stand in: those of the run in `logdir`, else those
     beside the checkpoint to start from, else none."""
-    if _manifest_steps(logdir):
+    if manifest_steps(logdir):
         return read_config(os.path.join(logdir, MODEL_NAME)), os.path.join(logdir, CONFIG_NAME)
     if resume_checkpoint:
         if not exists(resume_checkpoint):

@@ -6,16 +6,24 @@ An undisturbed run goes first. Then the same command is started again after ever
 the whole run: while it starts, steps, validates, writes and publishes. After each start it must have continued from the
 newest checkpoint that is complete by this script's own reckoning; in the end every tensor of weights, averages and
 optimizer must equal the undisturbed run's, bit for bit, and so must the figures. Exit status 0: all of that was so.
+
+    python scripts/cluster/kill_test.py --kills 50 --ends kill photographs loader diverging
+
+Other ends beside `kill -9`: the photographs vanish, or a process that loads data is killed. From these a run must end
+by itself, with the last step that it has logged saved. `diverging`: one more run takes steps that are not finite; its
+good checkpoint must stay, and the next start go on from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -37,6 +45,8 @@ import guided_diffusion.train_util  # noqa: E402, F401 - imported once here, inh
 from guided_diffusion.data.own_files import is_temporary  # noqa: E402
 
 SIDE, CLASSES, RATE = 16, 4, "0.9"
+ENDS = ("kill", "photographs", "loader", "diverging")
+SECONDS_TO_END = 60.0  # within which a run must have ended that cannot go on
 TIMED = ("images_per_second",)  # figures that differ from run to run
 
 
@@ -57,7 +67,7 @@ def make_data(folder: Path) -> None:
             Image.fromarray(labels).save(folder / split / "labels" / f"{i}.png")
 
 
-def command(data: Path, logdir: Path, ranks: int, steps: int) -> list[str]:
+def command(data: Path, logdir: Path, ranks: int, steps: int, **changes: object) -> list[str]:
     """The arguments of image_train.py: global batch 4, a checkpoint every second step."""
     settings = dict(
         data_dir=data, dataset_mode="custom", logdir=logdir, num_workers=0, image_size=SIDE, num_classes=CLASSES,
@@ -66,7 +76,7 @@ def command(data: Path, logdir: Path, ranks: int, steps: int) -> list[str]:
         schedule_sampler="loss-second-moment", batch_size=4 // ranks, ema_rate=RATE, max_steps=steps, log_interval=1,
         save_interval=2, keep_checkpoints=3, val_images=2,
     )  # fmt: skip
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in (settings | changes).items() for part in (f"--{name}", str(value))]
 
 
 def _run_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
@@ -93,6 +103,57 @@ def start(arguments: list[str], ranks: int, log: Path) -> list[multiprocessing.P
         process.start()
         processes.append(process)
     return processes
+
+
+def run_through(arguments: list[str], ranks: int, log: Path) -> list[int | None]:
+    """The exit statuses of the ranks of one run that nobody disturbs."""
+    processes = start(arguments, ranks, log)
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def rescues(logdir: Path) -> list[int]:
+    """The steps at which the run has said that it ended by a failure, with all saved."""
+    text = (logdir / "log.txt").read_text() if (logdir / "log.txt").exists() else ""
+    if lost := re.search(r"ended at step .*nothing (?:is|could be) saved.*", text):
+        raise KillTestFailed(lost[0])
+    return [int(step) for step in re.findall(r"ended at step (\d+);", text)]
+
+
+def fail(kind: str, data: Path, logdir: Path, processes: list[multiprocessing.Process], rng: random.Random) -> int:
+    """Lets a run fail in another way than by a kill of its ranks; returns how many steps' saves it told of (0: it had
+    not begun, or was done before it noticed). Raises KillTestFailed."""
+    before, photographs = len(rescues(logdir)), data / "train" / "images"
+    if kind == "photographs":
+        photographs.rename(data / "elsewhere")
+    else:
+        rank = rng.choice(processes)
+        try:
+            children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
+        except OSError:  # it is done
+            children = []
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+    end = time.monotonic() + SECONDS_TO_END
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    if kind == "photographs":
+        (data / "elsewhere").rename(photographs)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+        process.join()
+    if hanging:
+        raise KillTestFailed(f"{len(hanging)} rank(s) had not ended {SECONDS_TO_END:.0f} s after: {kind}")
+    statuses = [process.exitcode for process in processes]
+    if not set(statuses) <= {0, 1}:
+        raise KillTestFailed(f"{kind}: the ranks ended with {statuses}")
+    told, saved, logged = rescues(logdir)[before:], newest_complete(logdir), last_row(logdir)
+    if told and not told[0] == saved == logged:
+        raise KillTestFailed(f"{kind}: said to be saved at step {told[0]}, complete is {saved}, logged {logged}")
+    return len(told)
 
 
 def newest_complete(logdir: Path) -> int:
@@ -163,8 +224,13 @@ def check_end(reference: Path, killed: Path, steps: int) -> int:
     return len(expected)
 
 
-def kill_and_restart(arguments: list[str], logdir: Path, ranks: int, kills: int, steps: int, rng: random.Random) -> int:
-    """Runs to the end through `kills` kills; returns at how many different steps the starts went on."""
+def kill_and_restart(
+    arguments: list[str], data: Path, logdir: Path, ranks: int, kills: int, steps: int, ends: list[str],
+    rng: random.Random,
+) -> tuple[int, int]:  # fmt: skip
+    """Runs to the end through `kills` ends of these kinds; returns at how many different steps the starts went on, and
+    how many ends were told with all saved."""
+    told = 0
     log = logdir.with_suffix(".log")
     moments = sorted(rng.uniform(0, steps - 4) for _ in range(kills))
     continued = set()
@@ -172,6 +238,7 @@ def kill_and_restart(arguments: list[str], logdir: Path, ranks: int, kills: int,
     for moment in tqdm([*moments, None], desc="kills", unit="start"):
         expected = newest_complete(logdir)
         processes = start(arguments, ranks, log)
+        kind = rng.choice(ends)
         early = moment is not None and rng.random() < 0.15  # some die while they start
         while moment is not None and not early and last_row(logdir) < moment:
             if any(process.exitcode not in (None, 0) for process in processes):
@@ -179,6 +246,9 @@ def kill_and_restart(arguments: list[str], logdir: Path, ranks: int, kills: int,
             time.sleep(0.01)
         if moment is not None:
             time.sleep(rng.uniform(0, 0.5))
+        if moment is not None and kind != "kill":
+            told += fail(kind, data, logdir, processes, rng)
+        elif moment is not None:
             for process in rng.sample(processes, ranks):
                 os.kill(process.pid, signal.SIGKILL)
                 time.sleep(rng.uniform(0, 0.02))  # the others may yet write, or notice
@@ -192,24 +262,45 @@ def kill_and_restart(arguments: list[str], logdir: Path, ranks: int, kills: int,
             continued.add(at)
             if at != expected:
                 raise KillTestFailed(f"start {starts} went on at step {at}, but step {expected} is complete")
-    return len(continued)
+    return len(continued), told
 
 
-def run(folder: Path, kills: int, ranks: int, seed: int = 0) -> str:
+def check_divergence(data: Path, folder: Path, ranks: int) -> None:
+    """A learning rate that is far too high, after two good steps, and the run that goes on without it. Raises
+    KillTestFailed."""
+    diverged, reference, log = folder / "diverged", folder / "not_diverged", folder / "diverged.log"
+    high = dict(lr=1e30, max_bad_steps=4, keep_checkpoints=1)
+    for logdir, steps, changes, expected in (
+        (reference, 6, {}, 0), (diverged, 2, {}, 0), (diverged, 20, high, 1), (diverged, 6, {}, 0),
+    ):  # fmt: skip
+        statuses = run_through(command(data, logdir, ranks, steps, **changes), ranks, log)
+        if set(statuses) != {expected}:
+            raise KillTestFailed(f"{steps} steps with {changes} ended with {statuses}: see {log}")
+        if changes and (state(diverged, 2).keys() != state(reference, 2).keys() or not same_latest(diverged, 2)):
+            raise KillTestFailed(f"the good checkpoint of step 2 is not the latest any more in {diverged}")
+    check_end(reference, diverged, 6)
+
+
+def same_latest(logdir: Path, step: int) -> bool:
+    return (logdir / "model.pt").read_bytes() == (logdir / f"model{step:06d}.pt").read_bytes()
+
+
+def run(folder: Path, kills: int, ranks: int, ends: list[str], seed: int = 0) -> str:
     """The whole test; returns one line of what was found. Raises KillTestFailed."""
     data, reference, killed = folder / "data", folder / "undisturbed", folder / "killed"
     steps = max(6, 2 * kills)
     make_data(data)
-    processes = start(command(data, reference, ranks, steps), ranks, folder / "undisturbed.log")
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
+    if any(run_through(command(data, reference, ranks, steps), ranks, folder / "undisturbed.log")):
         raise KillTestFailed(f"the undisturbed run failed: see {folder / 'undisturbed.log'}")
-    arguments = command(data, killed, ranks, steps)
-    continued = kill_and_restart(arguments, killed, ranks, kills, steps, random.Random(seed))
+    arguments = command(data, killed, ranks, steps, num_workers=int("loader" in ends))
+    kinds, rng = [kind for kind in ends if kind != "diverging"] or ["kill"], random.Random(seed)
+    continued, told = kill_and_restart(arguments, data, killed, ranks, kills, steps, kinds, rng)
     tensors = check_end(reference, killed, steps)
+    if "diverging" in ends:
+        check_divergence(data, folder, ranks)
     return (
-        f"{ranks} rank(s), {kills} kills over {steps} steps, continued at {continued} different steps: every start "
+        f"{ranks} rank(s), {kills} ends ({', '.join(ends)}; {told} of them told with all saved) over {steps} steps, "
+        f"continued at {continued} different steps: every start "
         f"from the newest complete checkpoint; {tensors} tensors and all figures equal, bit for bit"
     )
 
@@ -217,6 +308,7 @@ def run(folder: Path, kills: int, ranks: int, seed: int = 0) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--ends", nargs="+", default=["kill"], choices=ENDS, help="what may end a run, beside kills")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2, 4))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--keep", type=Path, help="work in this (new) folder and keep it")
@@ -225,7 +317,7 @@ def main() -> None:
     folder = args.keep or Path(tempfile.mkdtemp(prefix="kill_test_"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        print(run(folder, args.kills, args.ranks, args.seed))
+        print(run(folder, args.kills, args.ranks, args.ends, args.seed))
     except KillTestFailed as error:
         sys.exit(f"FAILED: {error}")
     if args.keep is None:
