@@ -171,7 +171,7 @@ def prune(folder: str, keep: int, newest: int) -> None:
     """
     steps = [step for step in manifest_steps(folder) if step <= newest]
     for step in steps[:-keep] if keep > 0 else []:
-        names = _set_files(read_manifest(folder, step), step)
+        names = _set_files(read_json(join(folder, manifest_name(step))), step)
         # The manifest first, as a set that is half removed must not count; it stays as the note of what is to go.
         note = os.path.join(folder, f".{manifest_name(step)}.part")
         os.replace(os.path.join(folder, manifest_name(step)), note)
