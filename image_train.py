@@ -59,7 +59,7 @@ def main() -> int:
             flags, recorded, source, precision=config.precision, training=True
         )
         alone = plan.dry_run and not data.data_dir  # a plan can do without data
-        dataset, validation = (None, None) if alone else open_splits(data, config, model_config)
+        dataset, validation = (None, None) if alone else open_splits(data, config, model_config, recorded)
         logger = Logger(logdir, active=world.is_main, tensorboard=config.tensorboard)
         logger.log(f"log directory: {os.path.abspath(logdir)}")
         logger.log(world.describe())

@@ -13,6 +13,8 @@ import image_train
 from guided_diffusion.data.class_lists import changed_meaning, check_same_meaning, class_record, recorded_classes
 from guided_diffusion.data.specs import DataError, get_spec, read_classes
 from guided_diffusion.pipeline import SDMPipeline
+from guided_diffusion.runs.splits import open_splits
+from guided_diffusion.settings import DataConfig, ModelConfig, TrainConfig
 
 TWO_NAMED = {"classes": ["sky", {"name": "road", "color": [1, 2, 3]}, "car"], "ignore_id": 255}
 
@@ -130,3 +132,20 @@ def test_colours_that_changed_places():
     assert "color (10, 0, 0) meant class 0, now 1" in told and "classes: 'a' was class 0, now 1" in told
     assert meanings(colored("abcd", "ids"), colored("abcd", "ids", 11)) == []  # for display alone
     assert meanings(colored("abcd", "ids"), colored("abcd")) == ["label_encoding: ids then, colors now"]
+
+
+def test_going_on_with_ids_of_another_meaning_is_refused(tmp_path):
+    """As in sampling: a run that goes on, and a fine-tuning, read the meaning that their weights were trained with."""
+    described = {"classes": ["a", "b", "c", "d"]}
+    write_custom(tmp_path, classes=4, settings=described)
+    data = DataConfig(data_dir=str(tmp_path), dataset_mode="custom")
+    settings = TrainConfig(), ModelConfig(image_size=16, num_classes=4, no_instance=True)
+    renamed = described | {"classes": [f"renamed {i}" for i in range(4)]}
+    for recorded in (None, {}, {"dataset_json": described}, {"dataset_json": renamed}):
+        train, _ = open_splits(data, *settings, recorded)
+        assert len(train) > 0
+    moved = described | {"remap": {"0": 1, "1": 0}}
+    with pytest.raises(
+        DataError, match=r"dataset\.json contradicts the training .*the stored id 0 meant class 1, now 0"
+    ):
+        open_splits(data, *settings, {"dataset_json": moved})

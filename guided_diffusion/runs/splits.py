@@ -13,13 +13,17 @@ from ..settings import ConfigError, DataConfig, ModelConfig, SampleConfig, Train
 
 
 def open_splits(
-    data: DataConfig, config: TrainConfig, model: ModelConfig
+    data: DataConfig, config: TrainConfig, model: ModelConfig, recorded: dict[str, Any] | None = None
 ) -> tuple[LayoutDataset, LayoutDataset | None]:
     """The training split, and the evaluation split where there is one.
 
+    :param recorded: the config of the run that goes on, or of the checkpoint that a new one starts from.
     :raises ConfigError: instance maps where the network takes none, or none where it does.
-    :raises DataError: see `open_dataset`.
+    :raises DataError: see `open_dataset`; or ids mean something else than what was recorded.
     """
+    trained_with = (recorded or {}).get("dataset_json")
+    if trained_with is not None and data.dataset_mode == "custom" and data.data_dir:
+        _check_meaning(trained_with, data, model)
     common = dict(
         data_dir=data.data_dir,
         dataset_mode=data.dataset_mode,
@@ -68,8 +72,7 @@ def open_layouts(
     results = bool(config.labels_dir) and holds_network_ids(config.labels_dir)
     trained_with = recorded.get("dataset_json")
     if trained_with is not None and data.dataset_mode == "custom" and data.data_dir and not (alone or results):
-        path = os.path.join(data.data_dir, "dataset.json")
-        check_same_meaning(trained_with, read_dataset_json(data.data_dir), model.num_classes, path)
+        _check_meaning(trained_with, data, model)
     dataset = open_dataset(
         data_dir=data.data_dir,
         dataset_mode=data.dataset_mode,
@@ -88,3 +91,8 @@ def open_layouts(
     if dataset.has_instances == model.no_instance:
         raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
     return dataset
+
+
+def _check_meaning(trained_with: dict[str, Any], data: DataConfig, model: ModelConfig) -> None:
+    path = os.path.join(data.data_dir, "dataset.json")
+    check_same_meaning(trained_with, read_dataset_json(data.data_dir), model.num_classes, path)
