@@ -145,7 +145,8 @@ def test_going_on_with_ids_of_another_meaning_is_refused(tmp_path):
         train, _ = open_splits(data, *settings, recorded)
         assert len(train) > 0
     moved = described | {"remap": {"0": 1, "1": 0}}
-    with pytest.raises(
+    message = r"dataset\.json contradicts the training .*the stored id 0 meant class 1, now 0"
+    with pytest.raises(DataError, match=message):
         DataError, match=r"dataset\.json contradicts the training .*the stored id 0 meant class 1, now 0"
     ):
         open_splits(data, *settings, {"dataset_json": moved})
