@@ -147,6 +147,4 @@ def test_going_on_with_ids_of_another_meaning_is_refused(tmp_path):
     moved = described | {"remap": {"0": 1, "1": 0}}
     message = r"dataset\.json contradicts the training .*the stored id 0 meant class 1, now 0"
     with pytest.raises(DataError, match=message):
-        DataError, match=r"dataset\.json contradicts the training .*the stored id 0 meant class 1, now 0"
-    ):
         open_splits(data, *settings, {"dataset_json": moved})
