@@ -229,7 +229,7 @@ class TrainConfig:
             raise ConfigError("layout_lookup true cannot be compiled: leave out --layout_lookup or --compile")
 
     def looks_layouts_up(self, device_type: str) -> bool:
-        """Whether training on that kind of device looks layouts up (see `label_layout`)."""
+        """Whether training on that kind of device looks layouts up (see `layouts.lookup`)."""
         choice = auto_choice("layout_lookup", self.layout_lookup)
         # Not timed on a GPU yet. Compiled: what is looked up has other shapes in every step, each to be compiled anew.
         return choice == "true" or (choice == "auto" and device_type == "cpu" and not self.compile)
