@@ -241,9 +241,9 @@ class SDMPipeline:
             ):
                 sample = moment.x
         if not bool(torch.isfinite(sample).all()):
-            precision = next(name for name, dtype in PRECISIONS.items() if dtype == self.model.dtype)
-            remedy = "try --precision bf16" if precision == "fp16" else "has the training of this checkpoint diverged?"
-            raise FloatingPointError(f"the network's numbers are not finite in {precision}: {remedy}")
+            fp16 = self.precision == "fp16"
+            remedy = "try --precision bf16" if fp16 else "has the training of this checkpoint diverged?"
+            raise FloatingPointError(f"the network's numbers are not finite in {self.precision}: {remedy}")
         return to_uint8(sample, self.grey)
 
     def diffusion(self, timestep_respacing: str, num_steps: int) -> SpacedDiffusion:
@@ -278,12 +278,15 @@ class SDMPipeline:
     def _layout(self, y: torch.Tensor, keep: bool) -> Iterator[Layout]:
         """The encoded layout, for as long as it is needed."""
         if not (keep and self.reuses_buffers):
-            yield self.model.encode_layout(y, keep)
+            layout = self.model.encode_layout(y, keep)
+            del y  # this frame lives as long as the layout, and must not hold the maps
+            yield layout
             return
         shape = tuple(y.shape)
         with self._lock:  # whoever takes the buffers has them alone
             (known, buffers), self._buffers = self._buffers or (None, None), None
         layout = self.model.encode_layout(y, keep, buffers if known == shape else None)
+        del y
         try:
             yield layout
         finally:

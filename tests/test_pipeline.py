@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from golden_helpers import golden_case
 from PIL import Image
 from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 
+from guided_diffusion.layouts.encode import encode_label_map
 from guided_diffusion.pipeline import SDMPipeline, image_seed
 from guided_diffusion.script_util import create_model_and_diffusion
 from guided_diffusion.settings import ConfigError, ModelConfig, Sampling
@@ -287,3 +289,24 @@ def test_traditional_channel_multipliers():
     assert ModelConfig(image_size=256).multipliers() == (1, 1, 2, 2, 4, 4)
     with pytest.raises(ConfigError, match="--channel_mult"):
         ModelConfig(image_size=48).multipliers()
+
+
+@pytest.mark.parametrize("reuses", [False, True])
+def test_no_map_is_held_while_images_form(checkpoint, monkeypatch, reuses):
+    """Where scale and shift are kept, the one-hot maps are freed before the first step."""
+    from guided_diffusion import pipeline as module
+
+    maps, alive = [], []
+
+    def encode(*arguments):
+        y = encode_label_map(*arguments)
+        maps.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(module, "encode_label_map", encode)
+    made = SDMPipeline.from_checkpoint(checkpoint, keep_modulations="true")
+    made.reuses_buffers = reuses
+    label = torch.from_numpy(LABEL)[None, None]
+    look = lambda _: alive.append(maps[0]() is not None)  # noqa: E731
+    made.generate(label, None, seeds=[0], sampling=Sampling(**FAST), on_step=look)
+    assert alive == [False] * 4
