@@ -88,22 +88,25 @@ def sample(row: Row, args: argparse.Namespace) -> Path:
     return results
 
 
-def segmentation_score(results: Path, samples: str, args: argparse.Namespace) -> dict[str, float]:
-    """evaluations/miou.py: mean IoU and pixel accuracy, percent, of a sub-folder of images against `labels/`."""
+def segmentation_score(results: Path, samples: str, segmenter: Path, unlabelled: int = UNLABELLED) -> dict[str, float]:
+    """evaluations/miou.py: mean IoU and pixel accuracy, percent, of a sub-folder of images against `labels/`.
+
+    :param unlabelled: the last class, which is not scored.
+    """
     report = results / f"miou_{samples}.json"
     run(
-        [sys.executable, "evaluations/miou.py", results, "--samples", samples, "--segmenter", args.out / "segmenter.pt",
-         "--num_classes", UNLABELLED + 1, "--ignore_ids", UNLABELLED, "--json", report],
+        [sys.executable, "evaluations/miou.py", results, "--samples", samples, "--segmenter", segmenter,
+         "--num_classes", unlabelled + 1, "--ignore_ids", unlabelled, "--json", report],
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     scores = json.loads(report.read_text())
     return {"miou": scores["score"], "pixel_accuracy": scores["pixel_accuracy"]}
 
 
-def feature_score(results: Path, args: argparse.Namespace) -> dict[str, float]:
+def feature_score(results: Path, segmenter: Path) -> dict[str, float]:
     """benchmarks/segmenter.py score."""
     report = results / "features.json"
-    command = [sys.executable, "benchmarks/segmenter.py", "score", results, "--segmenter", args.out / "segmenter.pt"]
+    command = [sys.executable, "benchmarks/segmenter.py", "score", results, "--segmenter", segmenter]
     run([*command, "--json", report], stdout=subprocess.DEVNULL)
     scores = json.loads(report.read_text())
     return {key: value for key, value in scores.items() if key.startswith(("feature_", "detail"))}
@@ -129,15 +132,15 @@ def main_scores(args: argparse.Namespace) -> dict[str, dict]:
         inception = ["evaluations/test_with_FID.py", results / "images", results / "samples"]
         scores[split] = {
             "layouts": len(list((results / "samples").glob("*.png"))),
-            **segmentation_score(results, "samples", args),
-            **feature_score(results, args),
+            **segmentation_score(results, "samples", args.segmenter),
+            **feature_score(results, args.segmenter),
             "fid": published_score(inception, results / "fid.json"),
-            "photographs": segmentation_score(results, "images", args),
+            "photographs": segmentation_score(results, "images", args.segmenter),
         }
     several = args.out / "results" / "several"
     alexnet = ["evaluations/lpips.py", several]
     scores["several"] = {
-        **feature_score(several, args),
+        **feature_score(several, args.segmenter),
         "lpips": published_score(alexnet, several / "lpips.json"),
         "feature_diversity_of_other_scenes": between_scenes(args),
     }
@@ -147,7 +150,7 @@ def main_scores(args: argparse.Namespace) -> dict[str, dict]:
         (both / name).mkdir(parents=True, exist_ok=True)
         for file in (args.out / "results" / split / "images").glob("*.png"):
             link_or_copy(file, both / name / file.name)
-    scores["photographs_val_and_test"] = feature_score(both, args)
+    scores["photographs_val_and_test"] = feature_score(both, args.segmenter)
     return scores
 
 
@@ -162,7 +165,7 @@ def between_scenes(args: argparse.Namespace) -> float:
     (folder / "images").mkdir(exist_ok=True)
     for file in (args.out / "results" / "val" / "images").glob("*.png"):
         link_or_copy(file, folder / "images" / file.name)
-    return feature_score(folder, args)["feature_diversity"]
+    return feature_score(folder, args.segmenter)["feature_diversity"]
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
@@ -173,8 +176,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
             results = sample(row, args)
             made = json.loads((results / "sampling.json").read_text())["run"]["made"]
             known[row.folder] = {
-                **segmentation_score(results, "samples", args),
-                **feature_score(results, args),
+                **segmentation_score(results, "samples", args.segmenter),
+                **feature_score(results, args.segmenter),
                 "seconds_per_image": made["seconds"] / made["images"],
                 "layouts": len(list((results / "samples").glob("*.png"))),
             }
@@ -268,6 +271,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     args = parser.parse_args()
     args.out = args.out.resolve()
+    args.segmenter = args.out / "segmenter.pt"
     config = json.loads((args.out / "finetune" / "config.json").read_text())
     figures = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
