@@ -314,3 +314,35 @@ def test_fine_tuning_goes_on_from_model_pt(data, one_rank, tmp_path, monkeypatch
         assert json.loads((logdir / "config.json").read_text())["training"]["drop_rate"] == 0.2
         before = logdir / "model.pt"
     assert os.path.samefile(before, tmp_path / "second" / "model000002.pt")
+
+
+@needs_mpi
+def test_whatever_fails_on_one_rank_its_steps_are_saved_and_the_run_ends_in_the_same_weights(data, tmp_path):
+    """One run, which fails at another place after every step; by a rank alone, or by all ranks together."""
+    settings = dict(
+        batch_size=2, max_steps=7, schedule_sampler="loss-second-moment", sample_interval=3, save_interval=4
+    )
+    # The rank that fails, after which step; who must have saved it, where the others cannot know of the failure.
+    failures = [
+        ("forward", 1, 1, "Broken: injected"),
+        ("backward", 1, 2, "Broken: injected"),
+        ("preview", 0, 3, "Broken: injected"),
+        ("validation", 1, 4, "Broken: injected"),
+        ("backward", 0, 5, "Broken: injected"),
+        ("save", 0, 7, "CheckpointError: .*Input/output error"),
+    ]
+    mpiexec(flags(data, tmp_path / "whole", **settings), tmp_path / "whole.log")
+    arguments = flags(data, tmp_path / "run", **settings)[1:]
+    for place, rank, step, error in failures:
+        script = [sys.executable, str(ROOT / "tests" / "failing_rank.py"), place, str(rank), str(step)]
+        command = [MPIEXEC, "-n", "2", *script, *arguments]
+        result = subprocess.run(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+        )
+        told = (tmp_path / "run" / "log.txt").read_text()
+        assert result.returncode != 0, (place, result.stdout)
+        assert re.search(f"ended at step {step}; all is saved. The reason: rank {rank}: {error}", told), result.stdout
+        assert re.search(f"rank {1 - rank}: ending, because rank {rank}.*: {error}", result.stdout), result.stdout
+        manifest = store.newest_complete(str(tmp_path / "run"), print)
+        assert manifest["step"] == step and re.match(f"rank {rank}: {error}", manifest["emergency"])
+    assert differing(state_of(tmp_path / "whole", 7), state_of(tmp_path / "run", 7)) == []
