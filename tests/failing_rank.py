@@ -28,8 +28,8 @@ def prepare(place: str, loop: train_util.TrainLoop, step: int) -> None:
     elif place == "backward":
         next(loop.model.parameters()).register_hook(fail_then)  # the last gradient: others are on their way
     elif place == "optimizer":
-        take = loop.optimizer.step
-        loop.optimizer.step = lambda: (take(), fail_then())
+        take = loop.state.optimizer.step
+        loop.state.optimizer.step = lambda: (take(), fail_then())
     elif place == "preview":
         loop.previews._draw = fail_then
     elif place == "validation":

@@ -177,6 +177,10 @@ def test_a_rank_that_is_killed_is_named_by_the_other(data, tmp_path, dead):
     assert statuses[dead] == -signal.SIGKILL
     assert statuses[1 - dead] == 1  # -9 would mean: it still hung after a minute
     said = (tmp_path / f"log.{1 - dead}").read_text()
+    if dead == 1:
+        manifest = store.newest_complete(str(tmp_path / "run"), print)
+        rows = (tmp_path / "run" / "progress.jsonl").read_text().splitlines()
+        assert manifest["step"] >= json.loads(rows[-1])["step"] > 0 and "lost contact" in manifest["emergency"]
     # Rank 0 hosts the store, through which they tell of each other.
     assert re.search("ending, because " + ("rank 1 .*no sign of life" if dead == 1 else ".*rank 0"), said), said
 
@@ -322,7 +326,7 @@ def test_whatever_fails_on_one_rank_its_steps_are_saved_and_the_run_ends_in_the_
     settings = dict(
         batch_size=2, max_steps=7, schedule_sampler="loss-second-moment", sample_interval=3, save_interval=4
     )
-    # The rank that fails, after which step; who must have saved it, where the others cannot know of the failure.
+    # Where, which rank, and after which step.
     failures = [
         ("forward", 1, 1, "Broken: injected"),
         ("backward", 1, 2, "Broken: injected"),
@@ -346,3 +350,27 @@ def test_whatever_fails_on_one_rank_its_steps_are_saved_and_the_run_ends_in_the_
         manifest = store.newest_complete(str(tmp_path / "run"), print)
         assert manifest["step"] == step and re.match(f"rank {rank}: {error}", manifest["emergency"])
     assert differing(state_of(tmp_path / "whole", 7), state_of(tmp_path / "run", 7)) == []
+
+
+def failing_ranks(place: str, rank: int, step: int, arguments: list[str], log: Path) -> list[int]:
+    """Two ranks of which one fails (`failing_rank.py`); their exit statuses."""
+    return train([str(ROOT / "tests" / "failing_rank.py"), place, str(rank), str(step), *arguments[1:]], 2, log)
+
+
+def test_a_rank_that_fails_with_a_part_of_the_optimizer_saves_the_weights_and_removes_nothing(data, tmp_path):
+    arguments = flags(data, tmp_path / "run", batch_size=2, shard_optimizer=True, save_interval=2, keep_checkpoints=1)
+    assert failing_ranks("backward", 1, 3, arguments, tmp_path / "log") == [1, 1]
+    manifest = store.newest_complete(str(tmp_path / "run"), print)
+    assert manifest["step"] == 3 and store.optimizer_name(3) not in manifest["files"]
+    assert "all is saved but the optimizer's state" in (tmp_path / "run" / "log.txt").read_text()
+    assert store.damage(str(tmp_path / "run"), 2) is None  # from which the run can be gone on with, whole
+    assert train([*arguments, "--max_steps", "4"], 2) == [0, 0]
+    assert "the optimizer starts fresh" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_weights_that_one_rank_was_changing_are_saved_by_the_other(data, two_ranks, tmp_path):
+    """Rank 1 fails in the midst of its fourth step, rank 0 has taken it."""
+    arguments = flags(data, tmp_path / "run", batch_size=2, save_interval=2)
+    assert failing_ranks("optimizer", 1, 3, arguments, tmp_path / "log") == [1, 1]
+    assert "lost contact" in store.newest_complete(str(tmp_path / "run"), print)["emergency"]
+    assert differing(state_of(two_ranks, 4), state_of(tmp_path / "run", 4)) == []
