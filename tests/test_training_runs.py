@@ -31,7 +31,7 @@ from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.weights import store
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-OTHER_ENDS = "photographs loader diverging"
+OTHER_ENDS = "photographs loader backward diverging"
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or not mpi_available(), reason="no mpiexec, or no MPI library for mpi4py"
 )

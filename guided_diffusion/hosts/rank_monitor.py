@@ -60,8 +60,11 @@ class RankMonitor:
                 # A failing rank's own message comes first; a rank that is ending in order is let go.
                 if self.stopped.wait(2 * BEAT_SECONDS):
                     return
-                if reason != SAVING_TOO_LONG:
-                    with contextlib.suppress(RuntimeError, dist.DistError):
+                with contextlib.suppress(RuntimeError, dist.DistError):
+                    if reason == SAVING_TOO_LONG:
+                        self.store.set("failure", f"rank {self.rank} (host {self.host}) failed: {reason}")
+                        self.release()
+                    else:
                         reason = self._failure(seen)  # a rank that was only suspended has beaten by now
                 if reason is not None:
                     self._say_end()
@@ -93,7 +96,7 @@ class RankMonitor:
                 lost[rank] = f"rank {rank} (host {host}) has given no sign of life for {now - since:.0f} s"
         alone = self._who_acts_alone()
         if alone is not None and alone not in lost:
-            return None
+            return None  # it reports what has happened once it is done
         if self.store.check(["failure"]):
             return self.store.get("failure").decode()
         return next(iter(lost.values()), None)
