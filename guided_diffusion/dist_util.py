@@ -40,6 +40,7 @@ class World:
         self.device = _choose_device(local_rank) if size == 1 else torch.device("cpu")
         self._control: dist.ProcessGroup | None = None
         self._monitor: RankMonitor | None = None
+        self._heard: Exception | None = None
 
     @property
     def is_main(self) -> bool:
@@ -129,25 +130,51 @@ class World:
         if self.size > 1:
             dist.barrier(group=self._control)
 
+    def together(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` on every rank, for what each does without the others; an exception on one is raised on all. A
+        collective.
+
+        :raises RemoteError: on the ranks where it succeeded, if it raised something on another.
+        """
+        if self.size == 1:
+            return action()
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as exception:  # whatever it is, every rank must hear of it
+            error = exception
+        if self.any(error is not None):
+            said = self.gather(None if error is None else in_words(error))
+            rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+            self._heard = RemoteError(f"rank {rank}: {text}") if error is None else error
+            raise self._heard
+        return result
+
     def on_main(self, action: Callable[[], Any]) -> Any:
         """Runs `action` on rank 0 and hands its result to all; an exception ends every rank. A collective.
 
         :raises RemoteError: on the other ranks, where it raised something on rank 0.
         """
-        if self.size == 1:
-            return action()
-        result, error = None, None
-        if self.is_main:
-            try:
-                result = action()
-            except Exception as exception:  # whatever it is, every rank must hear of it
-                error = exception
-        message = self.broadcast(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if message is not None:
-            raise RemoteError(f"rank 0: {message}")
-        return self.broadcast_tree(result)
+        return self.broadcast_tree(self.together(lambda: action() if self.is_main else None))
+
+    def all_heard(self, error: Exception) -> bool:
+        """Whether every rank has raised at the same place as this one, so that they can still do something together.
+
+        False for an exception of this rank alone: the others wait for it, and do not know.
+        """
+        return self.size == 1 or error is self._heard
+
+    @contextlib.contextmanager
+    def acting_alone(self) -> Iterator[bool]:
+        """For one rank, the first that comes, to save what the run has: whether this is the one. Until it has left,
+        no other ends."""
+        if self._monitor is None:
+            yield True
+            return
+        try:
+            yield self._monitor.claim()
+        finally:
+            self._monitor.release()
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -180,6 +207,10 @@ def report_errors(world: World, expected: tuple[type[Exception], ...]) -> Iterat
         _fail(world, f"error: {error}")
     except Exception as error:
         _fail(world, "".join(traceback.format_exception(error)))
+
+
+def in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _fail(world: World, message: str) -> NoReturn:

@@ -34,6 +34,10 @@ def progress_bar(**options: Any) -> tqdm:
     return tqdm(file=sys.stderr, dynamic_ncols=True, mininterval=seconds, maxinterval=max(10.0, seconds), **options)
 
 
+def _stamped(message: str) -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
+
+
 def _is_file(stream: TextIO) -> bool:
     try:
         return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
@@ -93,11 +97,17 @@ class Logger:
         if not self.active:
             return
         tqdm.write(message, file=sys.stderr)
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n"
+        line = _stamped(message)
         if self._text is None:
             self._pending.append(line)
         else:
             self._write(self._text, line)
+
+    def add_line(self, message: str) -> None:
+        """The same by a rank that is not active, and knows that this folder is the active one's."""
+        print(message, file=sys.stderr, flush=True)
+        with open(self._path("log.txt"), "a", encoding="utf-8", errors="backslashreplace") as file:
+            self._write(file, _stamped(message))
 
     def row(self, figures: dict[str, Any]) -> None:
         """One row of figures by name; `step` is one of them."""

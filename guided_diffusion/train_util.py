@@ -13,8 +13,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .data.specs import DataError
-from .dist_util import RemoteError, World
+from .dist_util import World
 from .fp16_util import StepResult, as_found_inf, global_norm
 from .image_datasets import LayoutDataset, TrainingBatches, balance_weights, training_batches
 from .layouts.encode import to_network
@@ -23,6 +22,7 @@ from .nn import update_ema
 from .objectives.objective import Batch, Draws, Objective
 from .runs.log_directory import LogDirectory
 from .runs.previews import Previews
+from .runs.rescue import Rescue
 from .runs.resume import begin_training, check_base
 from .runs.saving import Saving
 from .runs.state import TrainingState
@@ -129,10 +129,8 @@ class TrainLoop:
         )
         self.folder = directory.folder
         self.saving = Saving(state, directory, self.validation, world=world, logger=logger, record=record)
+        self.rescue = Rescue(state, self.saving, world=world, logger=logger)
         self.averages = Averages(world.device, objective.num_timesteps)
-        self._first_step = state.step
-        self._whole = True  # False while an optimizer step changes weights and averages
-        self._failure: Exception | None = None  # of this rank, until the others have heard of it
 
     def _wrap(self, recomputes: bool) -> tuple[DistributedDataParallel | None, torch.nn.Module]:
         """The network as the ranks share its gradients (None: there is one), and as a step calls it. A collective."""
@@ -163,18 +161,17 @@ class TrainLoop:
     def run(self) -> bool:
         """Trains to the end, or until a signal. Returns False where a signal came before the last step.
 
-        Whatever else ends it, a checkpoint of this moment is saved first, where the weights are whole and every rank
-        can still be heard.
+        Whatever else ends it, a checkpoint of this moment is saved first, where that can be done (`Rescue`).
 
         :raises TrainingDiverged: with nothing saved of the steps that were not finite.
-        :raises CheckpointError, DataError, RemoteError: with everything saved.
+        :raises CheckpointError, DataError, RemoteError: a file could not be written or read, here or on another rank.
         """
         self.saving.open()
         if self.finished:
             return self._nothing_to_do()
         with (
             self._open_batches() as batches, LoaderDeaths() as deaths, StopSignals() as signals,
-            self._progress_bar() as bar, self._saving_at_any_end(),
+            self._progress_bar() as bar, self.rescue.at_any_end(but=TrainingDiverged),
         ):  # fmt: skip
             if stop := self._train(batches, deaths, StopRequests(signals, self.world), bar):
                 return self._stopped(stop)
@@ -186,7 +183,7 @@ class TrainLoop:
         self.model.train()
         self._clock, self._clock_step = time.monotonic(), self.state.step
         while not self.finished:
-            self.train_step(self._next_batch(batches, deaths))
+            self.train_step(self.world.together(lambda: deaths.next_of(batches)))
             bar.update()
             if self._due(self.look_interval):
                 self._check_bad_steps()
@@ -203,72 +200,6 @@ class TrainLoop:
         if self.state.saved_step != self.state.step:
             self._save()
         return 0
-
-    def _next_batch(self, batches: TrainingBatches, deaths: LoaderDeaths) -> dict[str, torch.Tensor]:
-        """A collective: where one rank has failed by itself since the last step, all save, and end.
-
-        :raises DataError: this rank cannot load its batch. :raises RemoteError: another one has failed.
-        """
-        batch = None
-        with self._by_itself():
-            try:
-                with deaths.raised():
-                    batch = next(batches)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise DataError(
-                    f"a process that loads data has died ({error}): is the host's memory full? --num_workers gives "
-                    "their number"
-                ) from error
-        if self.world.any(self._failure is not None):
-            failure = self._failure
-            said = self.world.gather(None if failure is None else _in_words(failure))
-            rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
-            self._save_at_end(f"rank {rank}: {text}")
-            raise RemoteError(f"rank {rank}: {text}") if failure is None else failure
-        return batch
-
-    @contextlib.contextmanager
-    def _by_itself(self) -> Iterator[None]:
-        """For what a rank does without the others: they hear of a failure where they meet, before the next step."""
-        try:
-            yield
-        except Exception as error:  # whatever it is
-            if self.world.size == 1:
-                raise
-            self._failure = self._failure or error
-
-    @contextlib.contextmanager
-    def _saving_at_any_end(self) -> Iterator[None]:
-        """Within it, a failure of the only rank saves what there is. Of several, `_next_batch` sees to it: elsewhere
-        they wait for each other, and cannot be asked to save."""
-        try:
-            yield
-        except TrainingDiverged:
-            raise
-        except Exception as error:  # whatever it is
-            if self.world.size == 1:
-                self._save_at_end(_in_words(error))
-            raise
-
-    def _save_at_end(self, reason: str) -> None:
-        """Saves what was trained since the last save; `reason` has ended the training. Raises nothing. A collective."""
-        step = self.state.step
-        if step in (self.state.saved_step, self._first_step):
-            told = f"nothing was trained since step {step}, and nothing had to be saved"
-        elif self._whole and not self.state.finite():
-            told = "nothing is saved: the weights are not finite"
-        elif not self._whole:
-            told = "nothing is saved: it came while the weights were being changed"
-        else:
-            try:
-                self.saving.save(emergency=reason)
-                told = "all is saved"
-            except Exception as error:  # `reason` is what shall be told in the end
-                told = f"nothing could be saved ({_in_words(error)})"
-        with contextlib.suppress(OSError):  # the disk is full, perhaps
-            self.logger.log(f"ended at step {step}; {told}. The reason: {reason}")
 
     def _due(self, interval: int) -> bool:
         """Whether this step is the one in `interval`; 0: none is."""
@@ -335,12 +266,11 @@ class TrainLoop:
             draws = Draws(timesteps[part], normals(noise_seeds[part], image.shape[1:], image.device))
             last = first + self.microbatch >= len(positions)
             losses.append(self._backward(Batch(image, layout), draws, shares[part], synchronize=last))
-        self._whole = False
-        result = self.trainer.step()
-        self.state.step += 1
-        self.state.samples_seen += self.global_batch
-        self._after_step(result, t, torch.cat(losses))
-        self._whole = True
+        with self.rescue.changing_weights():
+            result = self.trainer.step()
+            self.state.step += 1
+            self.state.samples_seen += self.global_batch
+            self._after_step(result, t, torch.cat(losses))
 
     def _backward(self, batch: Batch, draws: Draws, shares: torch.Tensor, *, synchronize: bool) -> torch.Tensor:
         """Adds the gradient of one microbatch, whose samples have these shares [n] in the step's loss; ranks exchange
@@ -417,8 +347,7 @@ class TrainLoop:
             row["skipped_files"] = skipped_files
         if self.world.device.type == "cuda":
             row["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-        with self._by_itself():
-            self.logger.row(row)
+        self.world.on_main(lambda: self.logger.row(row))
         bar.set_postfix_str(f"loss {means.get('loss', float('nan')):.4f}, {rate:.1f} images/s", refresh=False)
 
     @contextlib.contextmanager
@@ -427,7 +356,3 @@ class TrainLoop:
         since = time.monotonic()
         yield
         self._clock += time.monotonic() - since
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -36,6 +36,14 @@ with world.guard():
     assert len(trees) == (2 if world.is_main else 0)
     for rank, tree in enumerate(trees):
         assert torch.equal(tree["n"][0], torch.full((rank + 1,), float(rank))) and tree["n"][1] == rank
+    try:
+        world.together(lambda: 1 / (1 - world.rank))
+    except Exception as error:
+        said = {0: "rank 1: ZeroDivisionError: division by zero", 1: "division by zero"}[world.rank]
+        assert str(error) == said and world.all_heard(error) and not world.all_heard(ValueError(said))
+    else:
+        raise AssertionError("rank 0 has not heard of it")
+    assert world.together(lambda: world.rank) == world.rank
     world.barrier()
 print("talked")
 """
@@ -169,6 +177,33 @@ def test_a_rank_that_fails_is_quoted(monitors):
     first.report(ValueError("the disk is full"))
     time.sleep(0.3)
     assert re.search(r"rank 0 .* failed: ValueError: the disk is full", ended[1])
+
+
+def test_while_a_rank_acts_alone_no_other_ends(monitors):
+    (first, other), ended = monitors
+    assert other.claim() and not first.claim()
+    first.store.set("failure", "a third rank has failed")
+    time.sleep(0.3)
+    assert ended == {}
+    other.release()
+    time.sleep(0.3)
+    assert ended == {0: "a third rank has failed", 1: "a third rank has failed"}
+
+
+def test_a_rank_that_dies_while_it_acts_alone_is_named(monitors):
+    (_, other), ended = monitors
+    other.claim()
+    other.stopped.set()
+    time.sleep(0.8)
+    assert re.match(r"rank 1 .* has given no sign of life", ended[0])
+
+
+def test_a_rank_that_acts_alone_for_too_long_is_ended(monitors, monkeypatch):
+    (_, other), ended = monitors
+    monkeypatch.setattr(rank_monitor, "SAVING_SECONDS", 0.2)
+    other.claim()
+    time.sleep(0.8)
+    assert "emergency save has taken more than" in ended[1] and re.match(r"rank 1 .* failed: its emergency", ended[0])
 
 
 def test_one_process_needs_no_group(monkeypatch):

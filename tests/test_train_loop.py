@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -450,6 +451,17 @@ def test_weights_that_were_being_changed_are_not_saved(data, tmp_path, monkeypat
         loop.run()
     assert store.newest_complete(str(tmp_path), print)["step"] == 2 and not list(tmp_path.glob("*000004*"))
     assert "while the weights were being changed" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_rank_tells_the_log_directory_from_one_of_the_same_name_on_its_own_host(data, tmp_path):
+    saving = make_loop(data, tmp_path).saving
+    saving.open()
+    saving.world = types.SimpleNamespace(is_main=False)
+    assert saving.reaches_directory()
+    os.utime(tmp_path / ".lock", (0, 0))  # that of another run
+    assert not saving.reaches_directory()
+    os.remove(tmp_path / ".lock")
+    assert not saving.reaches_directory()
 
 
 def test_a_run_that_fails_before_its_first_step_saves_nothing(data, tmp_path):

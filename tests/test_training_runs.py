@@ -31,7 +31,7 @@ from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.weights import store
 
 MPIEXEC = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
-OTHER_ENDS = "photographs loader diverging"
+OTHER_ENDS = "photographs loader backward diverging"
 needs_mpi = pytest.mark.skipif(
     MPIEXEC is None or not mpi_available(), reason="no mpiexec, or no MPI library for mpi4py"
 )
@@ -177,6 +177,10 @@ def test_a_rank_that_is_killed_is_named_by_the_other(data, tmp_path, dead):
     assert statuses[dead] == -signal.SIGKILL
     assert statuses[1 - dead] == 1  # -9 would mean: it still hung after a minute
     said = (tmp_path / f"log.{1 - dead}").read_text()
+    if dead == 1:
+        manifest = store.newest_complete(str(tmp_path / "run"), print)
+        rows = (tmp_path / "run" / "progress.jsonl").read_text().splitlines()
+        assert manifest["step"] >= json.loads(rows[-1])["step"] > 0 and "lost contact" in manifest["emergency"]
     # Rank 0 hosts the store, through which they tell of each other.
     assert re.search("ending, because " + ("rank 1 .*no sign of life" if dead == 1 else ".*rank 0"), said), said
 
@@ -314,3 +318,59 @@ def test_fine_tuning_goes_on_from_model_pt(data, one_rank, tmp_path, monkeypatch
         assert json.loads((logdir / "config.json").read_text())["training"]["drop_rate"] == 0.2
         before = logdir / "model.pt"
     assert os.path.samefile(before, tmp_path / "second" / "model000002.pt")
+
+
+@needs_mpi
+def test_whatever_fails_on_one_rank_its_steps_are_saved_and_the_run_ends_in_the_same_weights(data, tmp_path):
+    """One run, which fails at another place after every step; by a rank alone, or by all ranks together."""
+    settings = dict(
+        batch_size=2, max_steps=7, schedule_sampler="loss-second-moment", sample_interval=3, save_interval=4
+    )
+    # Where, which rank, and after which step.
+    failures = [
+        ("forward", 1, 1, "Broken: injected"),
+        ("backward", 1, 2, "Broken: injected"),
+        ("preview", 0, 3, "Broken: injected"),
+        ("validation", 1, 4, "Broken: injected"),
+        ("backward", 0, 5, "Broken: injected"),
+        ("save", 0, 7, "CheckpointError: .*Input/output error"),
+    ]
+    mpiexec(flags(data, tmp_path / "whole", **settings), tmp_path / "whole.log")
+    arguments = flags(data, tmp_path / "run", **settings)[1:]
+    for place, rank, step, error in failures:
+        script = [sys.executable, str(ROOT / "tests" / "failing_rank.py"), place, str(rank), str(step)]
+        command = [MPIEXEC, "-n", "2", *script, *arguments]
+        result = subprocess.run(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+        )
+        told = (tmp_path / "run" / "log.txt").read_text()
+        assert result.returncode != 0, (place, result.stdout)
+        assert re.search(f"ended at step {step}; all is saved. The reason: rank {rank}: {error}", told), result.stdout
+        assert re.search(f"rank {1 - rank}: ending, because rank {rank}.*: {error}", result.stdout), result.stdout
+        manifest = store.newest_complete(str(tmp_path / "run"), print)
+        assert manifest["step"] == step and re.match(f"rank {rank}: {error}", manifest["emergency"])
+    assert differing(state_of(tmp_path / "whole", 7), state_of(tmp_path / "run", 7)) == []
+
+
+def failing_ranks(place: str, rank: int, step: int, arguments: list[str], log: Path) -> list[int]:
+    """Two ranks of which one fails (`failing_rank.py`); their exit statuses."""
+    return train([str(ROOT / "tests" / "failing_rank.py"), place, str(rank), str(step), *arguments[1:]], 2, log)
+
+
+def test_a_rank_that_fails_with_a_part_of_the_optimizer_saves_the_weights_and_removes_nothing(data, tmp_path):
+    arguments = flags(data, tmp_path / "run", batch_size=2, shard_optimizer=True, save_interval=2, keep_checkpoints=1)
+    assert failing_ranks("backward", 1, 3, arguments, tmp_path / "log") == [1, 1]
+    manifest = store.newest_complete(str(tmp_path / "run"), print)
+    assert manifest["step"] == 3 and store.optimizer_name(3) not in manifest["files"]
+    assert "all is saved but the optimizer's state" in (tmp_path / "run" / "log.txt").read_text()
+    assert store.damage(str(tmp_path / "run"), 2) is None  # from which the run can be gone on with, whole
+    assert train([*arguments, "--max_steps", "4"], 2) == [0, 0]
+    assert "the optimizer starts fresh" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_weights_that_one_rank_was_changing_are_saved_by_the_other(data, two_ranks, tmp_path):
+    """Rank 1 fails in the midst of its fourth step, rank 0 has taken it."""
+    arguments = flags(data, tmp_path / "run", batch_size=2, save_interval=2)
+    assert failing_ranks("optimizer", 1, 3, arguments, tmp_path / "log") == [1, 1]
+    assert "lost contact" in store.newest_complete(str(tmp_path / "run"), print)["emergency"]
+    assert differing(state_of(two_ranks, 4), state_of(tmp_path / "run", 4)) == []

@@ -45,6 +45,13 @@ class LogDirectory:
         with self.writing():
             store.remove_leftovers(self.folder)
 
+    def mark(self) -> tuple[int, ...] | None:
+        """What this run's lock file looks like to every process that sees the folder; None: there is none."""
+        with contextlib.suppress(OSError):
+            status = os.stat(os.path.join(self.folder, store.LOCK_NAME))
+            return status.st_ino, status.st_mtime_ns, status.st_size
+        return None
+
     def write(
         self, step: int, contents: dict[str, Callable[[], Any]], manifest: dict[str, Any], config: dict[str, Any]
     ) -> None:

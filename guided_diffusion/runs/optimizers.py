@@ -45,6 +45,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
                 values[name] = value.to(parameter.device)
 
 
+def is_spread(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether each rank has a part of its state only."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
 @contextlib.contextmanager
 def gathered(optimizer: torch.optim.Optimizer, world: World) -> Iterator[None]:
     """Within it, `optimizer.state_dict()` is whole on rank 0, also where it is spread over the ranks. A collective.
@@ -53,7 +58,7 @@ def gathered(optimizer: torch.optim.Optimizer, world: World) -> Iterator[None]:
     while packing it keeps the interpreter from anything else: for minutes at the published size, in which the rank
     would pass for dead.
     """
-    sharded = hasattr(optimizer, "consolidate_state_dict")
+    sharded = is_spread(optimizer)
     if sharded:
         optimizer._all_state_dicts = world.collect_trees(to_cpu(optimizer.optim.state_dict()))
     yield

@@ -53,8 +53,11 @@ class Previews:
 
     def draw(self, state: TrainingState) -> None:
         """The page of this step, by rank 0; one that fails is told of and passed over. A collective."""
+        self.world.on_main(lambda: self._try_to_draw(state))
+
+    def _try_to_draw(self, state: TrainingState) -> None:
         try:
-            self.world.on_main(lambda: self._draw(state))
+            self._draw(state)
         except (RuntimeError, OSError, ValueError) as error:  # a page is not worth a run
             self.logger.log(f"warning: no preview of step {state.step}: {error}")
 

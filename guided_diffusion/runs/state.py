@@ -54,15 +54,17 @@ class TrainingState:
         """The averaged weights by name: the tensors themselves, no copies."""
         return dict(zip((name for name, _ in self.model.named_parameters()), self.emas[rate], strict=True))
 
-    def contents(self) -> dict[str, Callable[[], Any]]:
+    def contents(self, with_optimizer: bool = True) -> dict[str, Callable[[], Any]]:
         """File name -> function that makes its content: one file's at a time is copied from the device."""
         contents = {store.model_name(self.step): lambda: to_cpu(self.model.state_dict())}
         for rate in self.emas:
             contents[store.ema_name(rate, self.step)] = lambda rate=rate: to_cpu(self.ema(rate))
-        contents[store.optimizer_name(self.step)] = lambda: {
-            **to_cpu(self.optimizer.state_dict()),
-            "trainer": self._rest(),
-        }
+        if with_optimizer:
+            optimizer = self.optimizer
+            contents[store.optimizer_name(self.step)] = lambda: {
+                **to_cpu(optimizer.state_dict()),
+                "trainer": self._rest(),
+            }
         return contents
 
     def _rest(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ..data.specs import DataError
 from ..dist_util import World
 
 # SIGUSR1 is what SLURM is commonly told to send before a time limit (--signal=USR1@120); Windows has no such signal.
@@ -70,9 +71,21 @@ class LoaderDeaths:
         if callable(self._before):
             self._before(number, frame)
 
+    def next_of(self, batches: Iterator[Any]) -> Any:
+        """Waits for the next batch. :raises DataError: a process has died by now, or dies meanwhile."""
+        try:
+            with self._raised():
+                return next(batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a process that loads data has died ({error}): is the host's memory full? --num_workers gives "
+                "their number"
+            ) from error
+
     @contextlib.contextmanager
-    def raised(self) -> Iterator[None]:
-        """For waiting for a batch. :raises RuntimeError: a process has died by now, or dies meanwhile."""
+    def _raised(self) -> Iterator[None]:
         self._waiting = True
         try:
             if self._noted:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..data.specs import DataError
-from ..dist_util import World
+from ..dist_util import World, in_words
 from ..image_datasets import LayoutDataset, sampling_batches
 from ..layouts.encode import to_network
 from ..objectives.objective import Batch, Draws, Objective
@@ -74,15 +74,17 @@ class Validation:
 
         :raises ValidationFailed: on every rank, where one could not read or compute its part.
         """
-        total, problem = torch.zeros(1, dtype=torch.float64), None
-        try:
-            total += self._sum(model, weights)
-        except (RuntimeError, OSError, ValueError) as error:  # no memory left, say: the other ranks must hear of it
-            problem = f"{type(error).__name__}: {error}"
+        part, problem = self.world.together(lambda: self._try_to_sum(model, weights))
         problems = [text for text in self.world.gather(problem) if text is not None]
         if problems:
             raise ValidationFailed(problems[0])
-        return float(self.world.sum_(total)) / len(self.indices)
+        return float(self.world.sum_(torch.tensor([part], dtype=torch.float64))) / len(self.indices)
+
+    def _try_to_sum(self, model: torch.nn.Module, weights: Weights) -> tuple[float, str | None]:
+        try:
+            return self._sum(model, weights), None
+        except (RuntimeError, OSError, ValueError) as error:  # no memory left, say
+            return 0.0, in_words(error)
 
     def _sum(self, model: torch.nn.Module, weights: Weights) -> float:
         """The sum over this rank's images."""

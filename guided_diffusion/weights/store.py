@@ -30,6 +30,7 @@ from .config import checked_config
 
 CONFIG_NAME = "config.json"
 MODEL_NAME = "model.pt"
+LOCK_NAME = ".lock"
 _MANIFEST = re.compile(r"checkpoint(\d+)\.json$")
 
 
@@ -196,7 +197,7 @@ def lock(folder: str, flag: str = "logdir", look: bool = False) -> IO[str] | Non
         import fcntl
     except ImportError:
         return None
-    path = os.path.join(folder, ".lock")
+    path = os.path.join(folder, LOCK_NAME)
     if look and not os.path.lexists(path):
         return None
     file = _open_lock(path, flag, look)

@@ -7,10 +7,11 @@ the whole run: while it starts, steps, validates, writes and publishes. After ea
 newest checkpoint that is complete by this script's own reckoning; in the end every tensor of weights, averages and
 optimizer must equal the undisturbed run's, bit for bit, and so must the figures. Exit status 0: all of that was so.
 
-    python scripts/cluster/kill_test.py --kills 50 --ends kill photographs loader diverging
+    python scripts/cluster/kill_test.py --kills 50 --ends kill photographs loader backward diverging
 
-Other ends beside `kill -9`: the photographs vanish, or a process that loads data is killed. From these a run must end
-by itself, with the last step that it has logged saved. `diverging`: one more run takes steps that are not finite; its
+Other ends beside `kill -9`: the photographs vanish, a process that loads data is killed, or one rank fails in its
+backward pass, while the others wait for its gradients. From these a run must end by itself, with the last step that it
+has logged saved. `diverging`: one more run takes steps that are not finite; its
 good checkpoint must stay, and the next start go on from it.
 """
 
@@ -31,6 +32,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +43,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import guided_diffusion.train_util  # noqa: E402, F401 - imported once here, inherited by every forked run
 from guided_diffusion.data.own_files import is_temporary  # noqa: E402
+from guided_diffusion.train_util import TrainLoop  # noqa: E402 - imported once, inherited by every forked run
 
 SIDE, CLASSES, RATE = 16, 4, "0.9"
-ENDS = ("kill", "photographs", "loader", "diverging")
-SECONDS_TO_END = 60.0  # within which a run must have ended that cannot go on
+ENDS = ("kill", "photographs", "loader", "backward", "diverging")
+SECONDS_TO_END = 120.0  # within which a run must have ended that cannot go on
 TIMED = ("images_per_second",)  # figures that differ from run to run
 
 
@@ -79,7 +81,27 @@ def command(data: Path, logdir: Path, ranks: int, steps: int, **changes: object)
     return [part for name, value in (settings | changes).items() for part in (f"--{name}", str(value))]
 
 
-def _run_rank(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+def wish(log: Path, rank: int) -> Path:
+    """The file at the sight of which a rank fails in its backward pass."""
+    return log.with_suffix(f".rank{rank}-shall-fail")
+
+
+def _fail_at_sight(path: Path) -> None:
+    """For every loop of this process, in the last gradient of a step: those of other layers are on their way."""
+
+    def look(_: torch.Tensor) -> None:
+        if path.exists():
+            raise torch.OutOfMemoryError("none is left, says the kill test")
+
+    def run(loop: TrainLoop, begin: Callable[[TrainLoop], bool] = TrainLoop.run) -> bool:
+        next(loop.model.parameters()).register_hook(look)
+        return begin(loop)
+
+    TrainLoop.run = run
+
+
+def _run_rank(arguments: list[str], variables: dict[str, str], log: Path, rank: int) -> None:
+    _fail_at_sight(wish(log, rank))
     torch.set_num_threads(1)  # threads of the parent's pool do not exist in a fork
     os.environ |= variables
     with open(log, "a") as output:
@@ -99,7 +121,7 @@ def start(arguments: list[str], ranks: int, log: Path) -> list[multiprocessing.P
     for rank in range(ranks):
         variables = dict(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
         variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        process = context.Process(target=_run_rank, args=(arguments, variables if ranks > 1 else {}, log))
+        process = context.Process(target=_run_rank, args=(arguments, variables if ranks > 1 else {}, log, rank))
         process.start()
         processes.append(process)
     return processes
@@ -121,26 +143,34 @@ def rescues(logdir: Path) -> list[int]:
     return [int(step) for step in re.findall(r"ended at step (\d+);", text)]
 
 
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # it is done
+        return []
+
+
 def fail(kind: str, data: Path, logdir: Path, processes: list[multiprocessing.Process], rng: random.Random) -> int:
     """Lets a run fail in another way than by a kill of its ranks; returns how many steps' saves it told of (0: it had
     not begun, or was done before it noticed). Raises KillTestFailed."""
     before, photographs = len(rescues(logdir)), data / "train" / "images"
+    rank = rng.choice(processes)
+    wished = wish(logdir.with_suffix(".log"), processes.index(rank))
     if kind == "photographs":
         photographs.rename(data / "elsewhere")
-    else:
-        rank = rng.choice(processes)
-        try:
-            children = Path(f"/proc/{rank.pid}/task/{rank.pid}/children").read_text().split()
-        except OSError:  # it is done
-            children = []
-        for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), signal.SIGKILL)
+    elif kind == "backward":
+        wished.touch()
     end = time.monotonic() + SECONDS_TO_END
+    while kind == "loader" and rank.is_alive() and time.monotonic() < end:  # those that it has yet to start, too
+        for child in children_of(rank.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     if kind == "photographs":
         (data / "elsewhere").rename(photographs)
+    wished.unlink(missing_ok=True)
     hanging = [process for process in processes if process.is_alive()]
     for process in hanging:
         process.kill()
@@ -251,7 +281,10 @@ def kill_and_restart(
         elif moment is not None:
             for process in rng.sample(processes, ranks):
                 os.kill(process.pid, signal.SIGKILL)
-                time.sleep(rng.uniform(0, 0.02))  # the others may yet write, or notice
+                if (
+                    process is processes[0]
+                ):  # else it could save the step, but not measure it as an undisturbed run does
+                    time.sleep(rng.uniform(0, 0.02))  # the others may yet notice
         for process in processes:
             process.join()
         if moment is None and any(process.exitcode for process in processes):
