@@ -167,9 +167,9 @@ def _check_memory(model: UNetModel) -> None:
     count, free = sum(parameter.numel() for parameter in model.parameters()), available_memory()
     if 4 * count > free:
         raise ConfigError(
-            f"these settings make a network of {count / 1e6:,.0f} M parameters, {4 * count / 2**30:,.1f} GiB in float32, "
-            f"and {free / 2**30:.1f} GiB are free: lower num_channels, channel_mult or num_res_blocks (--dry_run True "
-            "tells what a network takes)"
+            f"these settings make a network of {count / 1e6:,.0f} M parameters, {4 * count / 2**30:,.1f} GiB in "
+            f"float32, and {free / 2**30:.1f} GiB are free: lower num_channels, channel_mult or num_res_blocks "
+            "(--dry_run True tells what a network takes)"
         )
 
 

@@ -45,8 +45,6 @@ from guided_diffusion.script_util import build_config, create_gaussian_diffusion
 from guided_diffusion.settings import (
     ConfigError,
     DataConfig,
-    DiffusionConfig,
-    ModelConfig,
     SampleConfig,
     TrainConfig,
 )
