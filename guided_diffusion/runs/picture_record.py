@@ -21,6 +21,7 @@ import torch
 
 from ..data.class_lists import moved_classes
 from ..data.json_text import parse_json
+from ..data.listing import printable
 from ..data.own_files import is_plain
 from ..data.specs import DatasetSpec
 from ..pipeline import SDMPipeline
@@ -162,7 +163,7 @@ def read_record(path: str) -> dict[str, Any] | None:
             raise TypeError("its parts are no JSON objects")
         for name, entry in record.get("pictures", {}).items():
             if not is_plain(name) or not isinstance(entry, dict):
-                raise ValueError(f"pictures holds {name!r}: {str(entry)[:40]}")
+                raise ValueError(f"pictures holds {name!r}: {str(entry)[:40]!r}")
         if not _is_time(record["run"].get("made")):  # a figure alone: the pictures are not worth less without it
             record["run"].pop("made", None)
         return record
@@ -192,7 +193,7 @@ def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
             same = old == new
         if not same:
             old, new = (repr(record[key]) if key in record else "none" for record in (before, now))
-            differences.append(f"{key}: {old} there, {new} now")
+            differences.append(f"{printable(key)}: {old} there, {new} now")
     return differences
 
 
