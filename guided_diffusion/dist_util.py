@@ -204,7 +204,7 @@ def report_errors(world: World, expected: tuple[type[Exception], ...]) -> Iterat
     except RemoteError as error:
         _fail(world, f"rank {world.rank}: ending, because {error}")
     except expected as error:
-        _fail(world, f"error: {error}")
+        _fail(world, "error: " + " ".join(str(error).splitlines()))  # one line, whatever names and values it quotes
     except Exception as error:
         _fail(world, "".join(traceback.format_exception(error)))
 

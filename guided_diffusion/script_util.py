@@ -8,7 +8,10 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import torch
+
 from .gaussian_diffusion import get_named_beta_schedule
+from .hosts.memory import available_memory
 from .respace import SpacedDiffusion, space_timesteps, trailing_timesteps
 from .settings import ConfigError, DiffusionConfig, ModelConfig, as_setting, check_known, resolve_precision, str2bool
 from .unet import UNetModel
@@ -130,8 +133,12 @@ def _comparable(config: Any, name: str) -> Any:
 def create_model(config: ModelConfig, learn_sigma: bool) -> UNetModel:
     """The network, in float32; with `learn_sigma` its output has a second half for the variance.
 
-    :raises ConfigError: settings that do not make a network.
+    :raises ConfigError: settings that do not make a network, or one whose weights exceed the free memory (not on
+        PyTorch's meta device, where they take none).
     """
+    if not torch.empty(0).is_meta:
+        with torch.device("meta"):
+            _check_memory(create_model(config, learn_sigma))
     if not config.class_cond:
         raise ConfigError("class_cond False: SDM is always conditioned on the layout; leave the flag out")
     config.check()
@@ -154,6 +161,16 @@ def create_model(config: ModelConfig, learn_sigma: bool) -> UNetModel:
         )
     except ValueError as error:
         raise ConfigError(f"these settings make no network: {error}") from error
+
+
+def _check_memory(model: UNetModel) -> None:
+    count, free = sum(parameter.numel() for parameter in model.parameters()), available_memory()
+    if 4 * count > free:
+        raise ConfigError(
+            f"these settings make a network of {count / 1e6:,.0f} M parameters, {4 * count / 2**30:,.1f} GiB in "
+            f"float32, and {free / 2**30:.1f} GiB are free: lower num_channels, channel_mult or num_res_blocks "
+            "(--dry_run True tells what a network takes)"
+        )
 
 
 def create_gaussian_diffusion(config: DiffusionConfig, num_steps: int = 0) -> SpacedDiffusion:

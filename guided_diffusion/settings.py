@@ -20,6 +20,9 @@ from .resample import SCHEDULE_SAMPLERS
 from .sampling.solvers import SAMPLERS
 
 MOST_GUIDANCE = 1000.0  # far beyond any use; what is larger leaves the range of float32 in the steps
+# Far beyond any use, too: what is larger is a slip of the finger, and would take memory for hours before it fails.
+MOST_PIXELS, MOST_CLASSES, MOST_WIDTH, MOST_BLOCKS, MOST_LEVELS = 2**14, 2**15, 2**16, 100, 16
+MOST_STEPS, MOST_BATCH, MOST_PROCESSES, MOST_RANKS, MOST_JITTER = 10**5, 2**16, 2**10, 10**6, 100
 
 
 class ConfigError(ValueError):
@@ -68,17 +71,22 @@ class ModelConfig:
 
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
-        check_range(self, 1, "image_size", "num_classes", "num_channels", "num_res_blocks", "num_heads")
+        check_range(self, 1, "image_size", below=MOST_PIXELS + 1)
+        check_range(self, 1, "num_classes", below=MOST_CLASSES)
+        check_range(self, 1, "num_channels", "num_heads", below=MOST_WIDTH)
+        check_range(self, 1, "num_res_blocks", below=MOST_BLOCKS + 1)
         for name in ("num_heads_upsample", "num_head_channels"):
             if getattr(self, name) != -1:
-                check_range(self, 1, name)
+                check_range(self, 1, name, below=MOST_WIDTH)
         check_range(self, 0, "dropout", below=1)
+        if len(self.multipliers()) > MOST_LEVELS:
+            raise ConfigError(f"channel_mult has {len(self.multipliers())} numbers; at most {MOST_LEVELS} are possible")
         for multiplier in self.multipliers():
             width = multiplier * self.num_channels
-            if not 0 < multiplier < math.inf or not 1 <= width < 2**31:
+            if not 0 < multiplier < math.inf or not 1 <= width < MOST_WIDTH:
                 raise ConfigError(
                     f"channel_mult {self.channel_mult!r} times num_channels {self.num_channels} makes a layer of "
-                    f"{width:g} channels; there must be at least 1"
+                    f"{width:g} channels; there must be at least 1, and less than {MOST_WIDTH}"
                 )
         self.attention_downsamplings()
 
@@ -134,7 +142,7 @@ class DiffusionConfig:
 
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
-        check_range(self, 1, "diffusion_steps", below=10**6)
+        check_range(self, 1, "diffusion_steps", below=MOST_STEPS + 1)
 
 
 @dataclass
@@ -147,7 +155,7 @@ class DataConfig:
 
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
-        check_range(self, 0, "num_workers")
+        check_range(self, 0, "num_workers", below=MOST_PROCESSES + 1)
         check_place("data_dir", self.data_dir, ("gs", "az", "https"))
 
 
@@ -211,9 +219,11 @@ class TrainConfig:
         """:raises ConfigError: a value out of its range."""
         self.ema_rates()
         resolve_precision(self.precision, False)
-        check_range(self, 1, "batch_size", "log_interval", "save_interval", "max_bad_steps")
+        check_range(self, 1, "batch_size", below=MOST_BATCH + 1)
+        check_range(self, 1, "log_interval", "save_interval", "max_bad_steps")
         check_range(self, 0, "max_steps", "warmup_steps", "lr_anneal_steps", "sample_interval", "keep_checkpoints")
-        check_range(self, 0, "val_images", "lr", "weight_decay", "max_grad_norm", "fp16_scale_growth", "scale_jitter")
+        check_range(self, 0, "val_images", "lr", "weight_decay", "max_grad_norm", "fp16_scale_growth")
+        check_range(self, 0, "scale_jitter", below=MOST_JITTER)
         check_range(self, 0, "seed", below=2**64)
         check_place("logdir", self.logdir)
         check_place("resume_checkpoint", self.resume_checkpoint, ("gs", "az", "https"))
@@ -317,9 +327,8 @@ class SampleConfig(Sampling):
         check_place("model_path", self.model_path, ("gs", "az", "https"))
         if needs_model and not self.model_path:
             raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
-        for name in ("num_samples", "samples_per_layout", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_range(self, 1, "num_samples")
+        check_range(self, 1, "batch_size", "samples_per_layout", below=MOST_BATCH + 1)
 
 
 @dataclass
@@ -337,9 +346,8 @@ class PlanConfig:
         """:raises ConfigError: a value out of its range."""
         if self.plan_device not in ("", "cpu", "gpu"):
             raise ConfigError(f"plan_device must be cpu or gpu (or empty); got {self.plan_device!r}")
-        for name in ("memory_gib", "plan_ranks", "peak_tflops"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be at least 0; got {getattr(self, name)}")
+        check_range(self, 0, "memory_gib", "peak_tflops")
+        check_range(self, 0, "plan_ranks", below=MOST_RANKS + 1)
         if not 0 <= self.peak_share <= 1:
             raise ConfigError(f"peak_share is a share, between 0 and 1; got {self.peak_share}")
         if (self.peak_tflops > 0) != (self.peak_share > 0):
@@ -397,6 +405,8 @@ def check_range(config: Any, least: float, *names: str, below: float | None = No
         limit = below if below is not None else 2**63 if isinstance(value, int) else math.inf
         if not least <= value < limit:
             most = f" and below {below}" if below is not None else "" if value < least else ", and a number in range"
+            if below is not None and isinstance(value, int):
+                raise ConfigError(f"{name} must lie between {least} and {below - 1}; got {value}")
             raise ConfigError(f"{name} must be at least {least}{most}; got {value}")
 
 

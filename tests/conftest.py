@@ -46,6 +46,7 @@ SLOW = {
     "test_numerics::test_the_random_state_is_kept_only_for_dropout",
     "test_plan",
     "test_properties",
+    "test_properties_of_runs",
     "test_results_folder",
     "test_resume::test_a_finished_fine_tuning_tells_that_its_base_was_trained_further",
     "test_resume::test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again",

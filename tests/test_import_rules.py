@@ -25,7 +25,7 @@ ALLOWED = {
     "unet": {"nn", "layouts"},
     "gaussian_diffusion": {"nn", "losses", "sampling"},
     "respace": {"gaussian_diffusion"},
-    "script_util": {"gaussian_diffusion", "respace", "settings", "unet"},
+    "script_util": {"gaussian_diffusion", "hosts", "respace", "settings", "unet"},
     "objectives": {"nn", "layouts", "losses", "gaussian_diffusion"},
     "weights": {"data", "hosts", "settings"},
     "dist_util": {"hosts"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 sys.path.insert(0, str(REPOSITORY / "scripts" / "data"))
 
 import prepare_celebamask
-from preparation import PreparationError, open_output, replacing
+from preparation import PreparationError, _short, open_output, replacing
 from prepare_camvid import CLASSES, prepare
 
 
@@ -292,6 +293,50 @@ def test_a_long_name_is_cached(cached):
     Image.new("RGB", (90, 70)).save(data / "train/images" / name)
     Image.new("L", (90, 70)).save(data / "train/labels" / name)
     assert "train: 1 of 3 written" in make() and (cache / "train/images" / name).exists()
+
+
+def test_a_description_that_is_not_the_caches_own_is_not_replaced(cached):
+    data, cache, make = cached
+    place, source = cache / "dataset.json", data / "dataset.json"
+    place.write_text('{"classes": ["mine"]}')
+    for content in (None, '{"classes": ["a", "b", "c", "d"]}'):
+        if content:
+            source.write_text(content)
+        assert "dataset.json is in the way" in make(code=1) and place.read_text() == '{"classes": ["mine"]}'
+    place.unlink()
+    make()
+    assert place.read_text() == source.read_text()
+    source.write_text('{"classes": ["A", "b", "c", "d"]}')  # what this script wrote it replaces, and removes
+    make()
+    assert place.read_text() == source.read_text()
+    place.unlink()
+    place.symlink_to(source)
+    source.write_text('{"classes": ["B", "b", "c", "d"]}')
+    assert "dataset.json is in the way" in make(code=1) and place.is_symlink()
+    place.unlink()
+    make()
+    source.unlink()
+    make()
+    assert not place.exists()
+
+
+def test_a_name_of_250_bytes_is_prepared_and_leaves_nothing_half_written(camvid, tmp_path, monkeypatch):
+    name = "n" * 246 + ".png"
+    for part in ("images", "labels"):
+        shutil.copy(camvid / "val" / part / "1.png", camvid / "val" / part / name)
+    prepare(camvid, tmp_path / "out")
+    assert name in {path.name for path in (tmp_path / "out").rglob("*.png")}
+    module = load_script("scripts/data/prepare_camvid.py")
+
+    def full(*_):
+        raise OSError(28, "No space left on device", name)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="No space left on device"):
+        patch.setattr(os, "replace", full)
+        module.main(["--source", str(camvid), "--out", str(tmp_path / "new")])
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    (tmp_path / "new" / f".{_short('prepared.json')}.7.tmp").write_text("of a killed run")
+    prepare(camvid, tmp_path / "new")
 
 
 def test_replacing_leaves_no_half_file(tmp_path):

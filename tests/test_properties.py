@@ -117,7 +117,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", JSON_FILES, ids=[file.name for file in JSON_FILES])
-def test_a_file_is_read_or_refused_in_one_sentence(data, tmp_path_factory, file):
+def test_a_file_of_data_is_read_or_refused_in_one_sentence(data, tmp_path_factory, file):
     folder = data
     if file.name != "dataset.json":
         folder = tmp_path_factory.mktemp("folder")
@@ -166,21 +166,13 @@ def test_verify_data_says_what_is_wrong_with_any_dataset_json(data, tmp_path):
 
 
 def build_network(config: ModelConfig) -> None:
-    """Where a machine could hold it: without memory for its weights."""
-    config.check()
-    if (
-        config.num_res_blocks <= 3
-        and config.num_channels * max(config.multipliers()) <= 4096
-        and config.num_classes < 9999
-    ):
-        with torch.device("meta"):
-            create_model(config, learn_sigma=True)
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        create_model(config, learn_sigma=True)
 
 
 def build_diffusion(config: DiffusionConfig) -> None:
-    config.check()
-    if config.diffusion_steps <= 5000:
-        create_gaussian_diffusion(config)
+    create_gaussian_diffusion(config)
 
 
 FLAGS = {

@@ -161,7 +161,7 @@ def test_a_link_among_the_samples_is_replaced_and_not_followed(root, sample):
     place.unlink()
     os.symlink(theirs, place)
     done, told = sample("results")
-    assert done and "no whole picture of this size: scene1" in told
+    assert done and "not the samples that were made: samples/scene1.png (1 in all)" in told
     assert theirs.read_bytes() == before and not place.is_symlink() and pixels(place).shape == (16, 16, 3)
 
 
@@ -188,7 +188,10 @@ def test_the_record_holds_hashes_of_what_a_picture_was_made_from(root, sample):
         with Image.open(root / "data" / "val" / "labels" / f"{name}.png") as label:
             ids = np.asarray(label.resize((16, 16), Image.NEAREST))
         expected = hashlib.blake2b(b"(1, 16, 16)" + ids.astype("<i4").tobytes(), digest_size=16).hexdigest()
-        assert entry["label"] == expected and set(entry) == {"label", "photograph"}
+        assert entry["label"] == expected and set(entry) == {"label", "photograph", "samples"}
+        shown = pixels(root / "results" / "samples" / f"{name}.png")
+        expected = hashlib.blake2b(b"(16, 16, 3)" + shown.tobytes(), digest_size=16).hexdigest()
+        assert entry["samples"] == {"samples": expected}
 
 
 def test_a_fingerprint_tells_shapes_apart():
@@ -323,6 +326,71 @@ def test_what_was_removed_from_the_data_is_set_aside_and_named(root, sample):
     assert sample("results")[0]
     assert os.listdir(root / "results" / "set_aside_2" / "samples") == ["scene1.png"]
     assert contents(root / "results" / "set_aside") == moved
+
+
+@pytest.mark.parametrize("flags", [(), ("--overwrite", "True"), ("--seed", "5", "--overwrite", "True")])
+def test_a_picture_in_the_place_of_a_sample_is_set_aside_and_the_sample_made_again(root, sample, flags):
+    assert sample("results")[0]
+    before, path = samples(root / "results"), root / "results" / "samples" / "scene1.png"
+    made = pixels(path)
+    save(path, draw(9, (16, 16), 4)[0])  # of the right size
+    foreign = path.read_bytes()
+    done, told = sample("results", *flags)
+    assert done and "not the samples that were made: samples/scene1.png (1 in all)" in told
+    assert f"{1 if not flags else LAYOUTS} images to make" in told
+    assert (root / "results" / "set_aside" / "samples" / "scene1.png").read_bytes() == foreign
+    if "5" not in flags:  # but for rounding, as it was made alone
+        assert np.abs(pixels(path).astype(int) - made).max() <= 1
+    assert samples(root / "results").keys() == before.keys()
+    assert "all are there" in sample("results", *flags[:2] if "5" in flags else ())[1]
+
+
+def test_samples_exchanged_for_each_other_are_noticed_whatever_their_layouts(root, sample):
+    assert sample("results", "--samples_per_layout", "2")[0]
+    place, before = root / "results", contents(root / "results" / "samples_01")
+    shutil.copy(place / "samples_00" / "scene0.png", place / "samples_01" / "scene0.png")
+    label = root / "data" / "val" / "labels" / "scene2.png"
+    save(label, 3 - pixels(label))  # whose samples are made anew for this reason
+    shutil.copy(place / "samples_00" / "scene0.png", place / "samples_00" / "scene2.png")
+    done, told = sample("results", "--samples_per_layout", "2")
+    assert done and "samples_00/scene2.png, samples_01/scene0.png (2 in all)" in told and "3 images to make" in told
+    after = contents(place / "samples_01")
+    assert [name for name in before if after[name] != before[name]] == ["scene2.png"]
+    assert len(list((place / "set_aside").rglob("*.png"))) == 2
+
+
+def test_what_a_killed_run_made_is_known(root, sample, monkeypatch):
+    """Its notes stand beside the record, which is written at the end."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sampling_run.SampleRun, "_note_time", killed)
+        sample("results")
+    notes = root / "results" / ".sdm-made-0.jsonl"
+    assert len(notes.read_text().splitlines()) == LAYOUTS
+    with open(notes, "a") as file:
+        file.write('["samples", "scene1"')  # half a line
+    made = samples(root / "results")
+    save(root / "results" / "samples" / "scene1.png", draw(9, (16, 16), 4)[0])
+    done, told = sample("results")
+    assert done and "samples/scene1.png (1 in all)" in told and "1 images to make" in told and not notes.exists()
+    assert samples(root / "results").keys() == made.keys()
+    record = json.loads((root / "results" / "sampling.json").read_text())
+    assert all(entry["samples"] for entry in record["pictures"].values())
+
+
+def test_samples_of_a_version_that_noted_no_hashes_count_as_made(root, sample):
+    assert sample("results")[0]
+    path = root / "results" / "sampling.json"
+    whole = json.loads(path.read_text())
+    older = json.loads(path.read_text())
+    for entry in older["pictures"].values():
+        del entry["samples"]
+    path.write_text(json.dumps(older))
+    done, told = sample("results")
+    assert done and "all are there" in told and json.loads(path.read_text())["pictures"] == whole["pictures"]
 
 
 def test_a_label_that_is_gone_is_not_restored_beside_a_sample_of_another(root, sample):
@@ -463,7 +531,8 @@ def test_a_sample_that_is_no_whole_picture_is_made_again(root, sample, damage, n
     else:
         path.write_bytes(whole[: len(whole) // 2] if damage == "half" else damage)
     done, told = sample("results", *flags)
-    assert done and "1 images to make" in told and f"no whole picture of this size: {number:02d}" in told
+    why = "moved to" if damage == "another size" else f"no whole picture: {number:02d}"
+    assert done and "1 images to make" in told and why in told
     assert samples(root / "results").keys() == before.keys() and pixels(path).shape == (16, 16, 3)
 
 

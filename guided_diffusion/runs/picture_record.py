@@ -1,9 +1,10 @@
 """What a results folder says of its pictures: the settings they were all made with, and what each was made from.
 
 `sampling.json` has three parts. `images`: every setting that decides an image. `run`: the rest. `pictures`: for each
-layout's name, hashes of what the network was given (`label`, `instances`) and of the photograph beside it. A picture
-counts as made only where all of that is as it would be made now. The entry of a picture is written before the picture
-and after an older one was removed, so that it is true whenever the run is killed.
+layout's name, hashes of what the network was given (`label`, `instances`), of the photograph beside it, and of the
+images that were made (`samples`, by folder). A picture counts as made only where all of that is as it would be made
+now, and is as it was. The entry of a picture is written before the picture and after an older one was removed, so that
+it is true whenever the run is killed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 from ..data.class_lists import moved_classes
 from ..data.json_text import parse_json
+from ..data.listing import printable
 from ..data.own_files import is_plain
 from ..data.specs import DatasetSpec
 from ..pipeline import SDMPipeline
@@ -33,11 +35,13 @@ from ..settings import (
 )
 from ..weights import store
 
-Entry = dict[str, str]  # hashes by what they are of; empty where a folder of an older version does not say
+# Hashes by what they are of (`samples`: a dict of them by folder); empty where an older version does not say.
+Entry = dict[str, Any]
 # Settings whose absence on one side is a difference: what the layouts are and mean. Others came with later versions,
 # and a record without one was made with its default.
 _LAYOUTS = ("data_dir", "labels_dir", "split", "dataset_mode", "remap", "crop")
 _FOLDERS = ("data_dir", "labels_dir")
+OTHER_SIZE = "a picture of another size"
 
 
 def fingerprint(pixels: np.ndarray) -> str:
@@ -59,6 +63,12 @@ def entry_of(sample: Mapping[str, Any]) -> Entry:
     }
 
 
+def samples_of(entry: Entry) -> dict[str, str] | None:
+    """The hashes of an entry's samples by folder; None in one of an older version, which noted none."""
+    samples = entry.get("samples")
+    return samples if isinstance(samples, dict) else None
+
+
 def input_pictures(sample: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
     """(folder, pixels) of what is stored beside the image of this sample: its ids [H, W], its photograph [H, W, 3]."""
     ids = sample["label"][0].numpy()
@@ -72,7 +82,7 @@ class Look:
 
     entry: Entry
     inputs: dict[str, bool | None]  # whether `labels` and `images` hold what they should; None: nothing
-    samples: list[bool | None]  # whether each sample is a whole picture; None: not there
+    samples: dict[str, str | None]  # by folder: the picture's fingerprint, or OTHER_SIZE; "": none; None: no file
 
     def differs(self, recorded: Entry) -> bool:
         """Whether samples with this entry were made from something else, or are not known to be made from this."""
@@ -80,9 +90,20 @@ class Look:
             return not self.inputs["labels"]
         return any(recorded.get(part) != self.entry.get(part) for part in ("label", "instances"))
 
-    def missing_samples(self) -> list[int]:
-        """Which samples are not there, or no pictures."""
-        return [i for i, whole in enumerate(self.samples) if not whole]
+    def missing_samples(self, recorded: Entry) -> list[int]:
+        """Which samples are not there, no pictures, or not those that were made."""
+        foreign = self.foreign_samples(recorded)
+        return [i for i, (folder, found) in enumerate(self.samples.items()) if not found or folder in foreign]
+
+    def foreign_samples(self, recorded: Entry) -> list[str]:
+        """The folders where a picture has taken the place of the sample that was made. Older versions noted no hashes:
+        a picture of the right size counts as made then."""
+        known = samples_of(recorded)
+        return [
+            folder
+            for folder, found in self.samples.items()
+            if found and (found == OTHER_SIZE or (known is not None and found != known.get(folder)))
+        ]
 
     def inputs_agree(self) -> bool:
         """Whether `labels` and `images` hold what they should."""
@@ -142,7 +163,7 @@ def read_record(path: str) -> dict[str, Any] | None:
             raise TypeError("its parts are no JSON objects")
         for name, entry in record.get("pictures", {}).items():
             if not is_plain(name) or not isinstance(entry, dict):
-                raise ValueError(f"pictures holds {name!r}: {str(entry)[:40]}")
+                raise ValueError(f"pictures holds {name!r}: {str(entry)[:40]!r}")
         if not _is_time(record["run"].get("made")):  # a figure alone: the pictures are not worth less without it
             record["run"].pop("made", None)
         return record
@@ -172,7 +193,7 @@ def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
             same = old == new
         if not same:
             old, new = (repr(record[key]) if key in record else "none" for record in (before, now))
-            differences.append(f"{key}: {old} there, {new} now")
+            differences.append(f"{printable(key)}: {old} there, {new} now")
     return differences
 
 

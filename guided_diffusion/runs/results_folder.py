@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from ..data.listing import IMAGE_EXTENSIONS, MAP_EXTENSIONS, is_remote, some_nam
 from ..image_datasets import SAMPLING_RECORD
 from ..settings import ConfigError
 from ..weights import store
-from .picture_record import read_record
+from .made_samples import made_files, read_made
+from .picture_record import OTHER_SIZE, Entry, fingerprint, read_record, samples_of
 
 SET_ASIDE = "set_aside"
 _SAMPLES = re.compile(r"samples(_\d+)?")
@@ -87,8 +88,9 @@ class ResultsFolder:
 
         :raises ConfigError: the record is damaged, there are pictures without one, or a part of the folder is a link.
         """
-        for folder in ("images", "labels", SET_ASIDE, SAMPLING_RECORD, *self.sample_folders()):
-            path = os.path.join(self.path, folder)
+        places = ("images", "labels", SET_ASIDE, SAMPLING_RECORD, *self.sample_folders(), *made_files(self.path))
+        for place in places:
+            path = os.path.join(self.path, place)
             if os.path.islink(path):
                 raise ConfigError(f"{path} is a link, and nothing is written through one; remove it, or {_REMEDY}")
         record = read_record(self.record_path)
@@ -104,6 +106,9 @@ class ResultsFolder:
             # An older version: it wrote the label map of every layout that it sampled.
             names = [name.removesuffix(".png") for name in self._entries("labels") if name.endswith(".png")]
             record["pictures"] = {name: {} for name in names}
+        for name, samples in read_made(self.path).items() if record is not None else ():
+            if (known := samples_of(record["pictures"].get(name, {}))) is not None:
+                known |= samples
         return record
 
     def check_vacant(self, names: Iterable[str], recorded: Collection[str], folders: Collection[str]) -> None:
@@ -155,11 +160,20 @@ class ResultsFolder:
             os.remove(path)
 
     @_writing()
+    def remove_made(self) -> None:
+        """Removes the ranks' notes of what they have made, once the record holds them."""
+        for path in made_files(self.path):
+            os.remove(path)
+
     def set_aside(self, names: Iterable[str]) -> str:
         """Moves all pictures of the layouts `names` out of the scorers' way; returns the folder that they are in now:
         `set_aside`, or `set_aside_2` and so on where one of the names is taken."""
-        paths = list(self._existing(names, ["images", "labels", *self.sample_folders()]))
-        number = 1
+        return self.move_aside(self._existing(names, ["images", "labels", *self.sample_folders()]))
+
+    @_writing()
+    def move_aside(self, pictures: Iterable[str]) -> str:
+        """The same for these paths of pictures."""
+        paths, number = list(pictures), 1
         while True:
             target = os.path.join(self.path, SET_ASIDE + (f"_{number}" if number > 1 else ""))
             moves = [(path, os.path.join(target, os.path.relpath(path, self.path))) for path in paths]
@@ -187,13 +201,24 @@ class ResultsFolder:
         there = _read(path)
         return there is not None and np.array_equal(there, pixels)
 
-    def whole(self, folder: str, name: str, shape: tuple[int, ...]) -> bool | None:
-        """Whether the picture of layout `name` can be read and has this shape [H, W, 3]; None where there is none."""
+    def found(self, folder: str, name: str, shape: tuple[int, ...] = ()) -> str | None:
+        """The fingerprint of the picture of layout `name`, or OTHER_SIZE where it has not this shape [H, W, 3]; empty
+        where it cannot be read, None where there is none."""
         path = self.picture(folder, name)
         if not os.path.lexists(path):
             return None
         there = _read(path)
-        return there is not None and there.shape == shape
+        return "" if there is None else OTHER_SIZE if shape and there.shape != shape else fingerprint(there)
+
+    def foreign(self, recorded: Mapping[str, Entry]) -> list[str]:
+        """The paths of all pictures that have taken the place of a sample of these entries."""
+        return [
+            self.picture(folder, name)
+            for name, entry in recorded.items()
+            if (known := samples_of(entry)) is not None
+            for folder in self.sample_folders()
+            if (found := self.found(folder, name)) and found != known.get(folder)
+        ]
 
 
 def _read(path: str) -> np.ndarray | None:

@@ -23,7 +23,8 @@ from ..pipeline import Keeping, SDMPipeline, image_seed
 from ..sampling.loop import Moment
 from ..settings import ConfigError, SampleConfig, Sampling
 from ..weights import store
-from .picture_record import Entry, Look, entry_of, input_pictures, settings_differences
+from .made_samples import MadeSamples, read_made
+from .picture_record import Entry, Look, entry_of, fingerprint, input_pictures, samples_of, settings_differences
 from .pictures import colorize, contact_sheet, save_png
 from .results_folder import ResultsFolder
 from .stop_signals import StopSignals
@@ -36,13 +37,15 @@ OVERVIEW_SAMPLES = 4
 @dataclasses.dataclass(frozen=True)
 class Survey:
     """What a results folder has, beside what is to be: the entries of its record, each layout now, whether all samples
-    are to be made afresh, else the names of those made from something else, and the samples to make by layout."""
+    are to be made afresh, else the names of those made from something else, the samples to make by layout, and the
+    paths of pictures that have taken the place of samples."""
 
     recorded: dict[str, Entry]
     looks: list[Look]
     afresh: bool
     changed: list[str]
     todo: dict[int, list[int]]
+    foreign: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,9 @@ class SampleRun:
         total = len(batches) * steps
         bar = progress_bar(total=total, desc="denoising", unit="step", disable=not self.world.is_main)
         done = 0
-        with bar, StopSignals() as signals, contextlib.suppress(_Stopped), PictureWriter() as self.writer:
+        self.made = MadeSamples(self.results.path, self.world.rank)
+        made = contextlib.closing(self.made)
+        with bar, StopSignals() as signals, contextlib.suppress(_Stopped), made, PictureWriter() as self.writer:
 
             def on_step(_: Moment) -> None:
                 bar.update()
@@ -169,10 +174,13 @@ class SampleRun:
         looks = self._look()
         changed = [] if afresh else self._changed(recorded, looks)
         anew, todo = set(names if afresh else changed), {}
+        foreign = []
         for layout, (name, look) in enumerate(zip(names, looks, strict=True)):
-            if missing := list(range(len(look.samples))) if name in anew else look.missing_samples():
+            entry = recorded.get(name, {})
+            if missing := list(range(len(look.samples))) if name in anew else look.missing_samples(entry):
                 todo[layout] = missing
-        return Survey(recorded, looks, afresh, changed, todo)
+            foreign += [self.results.picture(folder, name) for folder in look.foreign_samples(entry)]
+        return Survey(recorded, looks, afresh, changed, todo, foreign)
 
     def _prepare(self) -> Plan:
         """Checks the folder and the layouts, takes away what does not belong, and writes the record. On rank 0."""
@@ -184,6 +192,13 @@ class SampleRun:
         if gone and (target := results.set_aside(gone)):
             self._tell(f"moved to {target}, because they are no layouts of this run any more", gone)
         kept = {name: entry for name, entry in survey.recorded.items() if name in everything}
+        going = kept if survey.afresh else {name: kept[name] for name in survey.changed}
+        if foreign := sorted({*survey.foreign, *results.foreign(going)}):
+            target = results.move_aside(foreign)
+            self._tell(
+                f"moved to {target}, because they are not the samples that were made",
+                [os.path.relpath(path, results.path) for path in foreign],
+            )
         if survey.afresh:  # all of them: what remains must not pass for having been made with these settings
             results.remove(kept, inputs=True)
             kept = {}
@@ -193,10 +208,23 @@ class SampleRun:
         if self.config.overwrite:  # until it is done: a start after a stop goes on
             self.record["run"]["overwriting"] = True
         entries = [look.entry for look in survey.looks]
-        self.record["pictures"] = kept | dict(zip(names, entries, strict=True))
+        self.record["pictures"] = kept | {
+            name: look.entry | self._remaining(layout, look, survey, kept.get(name, {}))
+            for layout, (name, look) in enumerate(zip(names, survey.looks, strict=True))
+        }
         store.write_json(results.record_path, self.record)
+        results.remove_made()
         inputs = [i for i, look in enumerate(survey.looks) if i not in survey.todo and not look.inputs_agree()]
         return Plan(survey.todo, inputs, entries)
+
+    def _remaining(self, layout: int, look: Look, survey: Survey, before: Entry) -> Entry:
+        """The hashes of a layout's samples that stay: those of this run, as they are, and those of others that the
+        record names."""
+        if survey.afresh or self.dataset.names[layout] in survey.changed:
+            return {"samples": {}}
+        todo = {self.sample_folders[index] for index in survey.todo.get(layout, ())}
+        samples = (samples_of(before) or {}) | {folder: found for folder, found in look.samples.items() if found}
+        return {"samples": {folder: found for folder, found in samples.items() if folder not in todo}}
 
     def _check_settings(self, before: dict[str, Any]) -> bool:
         """Compares with what made the samples that are there. Returns whether all are to be made afresh."""
@@ -218,7 +246,7 @@ class SampleRun:
             sample, name = self.dataset[layout], self.dataset.names[layout]
             inputs = {folder: self.results.holds(folder, name, pixels) for folder, pixels in input_pictures(sample)}
             shape = (*self.dataset.shape, 3)
-            return Look(entry_of(sample), inputs, [self.results.whole(f, name, shape) for f in self.sample_folders])
+            return Look(entry_of(sample), inputs, {f: self.results.found(f, name, shape) for f in self.sample_folders})
 
         with ThreadPoolExecutor() as pool:
             looks = pool.map(look, range(self.layouts))
@@ -230,7 +258,7 @@ class SampleRun:
         own_instances = self.dataset.has_instances and self.dataset.spec.instances != "labels"
         for name, look in zip(self.dataset.names, looks, strict=False):
             entry = recorded.get(name)
-            if entry is None or all(whole is None for whole in look.samples):
+            if entry is None or all(found is None for found in look.samples.values()):
                 continue
             if not entry and own_instances:
                 raise ConfigError(
@@ -240,11 +268,11 @@ class SampleRun:
             if look.differs(entry):
                 changed.append(name)
                 continue
-            unreadable += [name] if False in look.samples else []
+            unreadable += [name] if "" in look.samples.values() else []
             adopted += [] if entry else [name]
             refreshed += [name] if entry and entry.get("photograph") != look.entry.get("photograph") else []
         self._tell("sampled again, because their layouts have changed", changed)
-        self._tell("sampled again, because what is there is no whole picture of this size", unreadable)
+        self._tell("sampled again, because what is there is no whole picture", unreadable)
         self._tell("taken over from an older version of this program, since their label maps agree", adopted)
         self._tell("written again to images/, because the photographs have changed", refreshed)
         return changed
@@ -306,7 +334,9 @@ class SampleRun:
             names = ", ".join(dict.fromkeys(self.dataset.names[layout] for layout, _ in pairs))
             raise FloatingPointError(f"layouts {names}: {error}") from error
         for (layout, index), picture in zip(pairs, pictures, strict=True):
-            self.writer.save(picture, self.results.picture(self.sample_folders[index], self.dataset.names[layout]))
+            folder, name = self.sample_folders[index], self.dataset.names[layout]
+            self.made.note(folder, name, fingerprint(picture))
+            self.writer.save(picture, self.results.picture(folder, name))
 
     def _save_inputs(self, layouts: list[int], batch: dict[str, Any]) -> None:
         for row, layout in enumerate(layouts):
@@ -320,12 +350,16 @@ class SampleRun:
     # -- after --------------------------------------------------------------------------------------------------------
 
     def _note_time(self, count: int, seconds: float) -> None:
-        """Into the log and sampling.json: how long this run's images took, reading and saving included. On rank 0."""
+        """Into the log and sampling.json: how long this run's images took, reading and saving included, and their
+        hashes. On rank 0."""
         self.log(f"{count} images in {seconds:.1f} s, {seconds / count:.3g} s each")
         before = self.record["run"].get("made", {"images": 0, "seconds": 0.0})
         seconds = round(before["seconds"] + seconds, 3)
         self.record["run"]["made"] = {"images": before["images"] + count, "seconds": seconds, "ranks": self.world.size}
+        for name, samples in read_made(self.results.path).items():
+            self.record["pictures"][name]["samples"] |= samples
         store.write_json(self.results.record_path, self.record)
+        self.results.remove_made()
 
     def _finish(self) -> None:
         """Notes that all is there, and draws the overview. On rank 0."""

@@ -93,9 +93,9 @@ def read_best(folder: str, rates: Sequence[str], note: Note) -> dict[str, dict[s
 
 
 def _is_entry(entry: Any, known: bool = True) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("measure", ""), str):
+    if not isinstance(entry, dict) or "loss" not in entry or not isinstance(entry.get("measure", ""), str):
         return False
-    step, loss = entry.get("step"), entry.get("loss")
+    step, loss = entry.get("step"), entry["loss"]
     number = loss is None or (isinstance(loss, (int, float)) and not isinstance(loss, bool) and math.isfinite(loss))
     return number and (type(step) is int or (not known and step is None))
 

@@ -12,6 +12,7 @@ and checksum), and removes what is gone from it. Only files that `cache_sources.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -203,7 +204,7 @@ def read_claims(cache_dir: str) -> set[str]:
     return {name for names in [*claims, *(r.files for r in read_records(cache_dir).values())] for name in names}
 
 
-_CLAIM = "files"
+_CLAIM, _DESCRIPTION = "files", "dataset.json"
 
 
 def _lines(cache_dir: str) -> Iterator[list]:
@@ -374,7 +375,7 @@ def build_cache(options: argparse.Namespace) -> None:
     elif os.path.isdir(options.cache_dir) and os.listdir(options.cache_dir):
         raise DataError(f"cache_dir {options.cache_dir} is not empty and no cache; choose another")
     write_bytes(note, json.dumps({**settings, "complete": False}).encode())
-    copy_description(options.dataset_mode, data_dir, options.cache_dir)
+    described = copy_description(options.dataset_mode, data_dir, options.cache_dir)
     paths = [path for items in splits.values() for item in items for path in (item.image, item.label, item.instance)]
     claimed = claim(options.cache_dir, {name for path in paths if path for name in cached_names(data_dir, path)})
     before, now = read_records(options.cache_dir), {}
@@ -389,19 +390,36 @@ def build_cache(options: argparse.Namespace) -> None:
             f"note: {len(strangers)} pictures in {options.cache_dir} are not of this cache and stay, but training may"
             f" refuse them ({printable(some_names(strangers))}); move them away"
         )
-    lines = claim_line(keep) + "".join(record_line(*key, record) for key, record in now.items())
+    lines = described + claim_line(keep) + "".join(record_line(*key, record) for key, record in now.items())
     write_bytes(os.path.join(options.cache_dir, SOURCES_FILE), lines.encode())
     write_bytes(note, json.dumps({**settings, "complete": True}).encode())
     print(f"done: use --data_dir {options.cache_dir} with --image_size {options.image_size}")
 
 
-def copy_description(dataset_mode: str, data_dir: str, cache_dir: str) -> None:
-    """The cache's dataset.json becomes the original's, which may have other names and colours than last time."""
-    source, copy = join(data_dir, "dataset.json"), os.path.join(cache_dir, "dataset.json")
-    if dataset_mode == "custom" and blobfile.exists(source):
-        write_bytes(copy, read_bytes(source))
-    elif os.path.exists(copy):
+def copy_description(dataset_mode: str, data_dir: str, cache_dir: str) -> str:
+    """The cache's dataset.json becomes the original's, which may have other names and colours than last time.
+
+    Returns the line of the record that tells it from somebody's own file. Raises DataError where there is one.
+    """
+    source, copy = join(data_dir, _DESCRIPTION), os.path.join(cache_dir, _DESCRIPTION)
+    content = read_bytes(source) if dataset_mode == "custom" and blobfile.exists(source) else None
+    line = "" if content is None else json.dumps([_DESCRIPTION, hashlib.sha256(content).hexdigest()]) + "\n"
+    if os.path.lexists(copy):
+        there = None if os.path.islink(copy) or not os.path.isfile(copy) else read_bytes(copy)
+        if there is not None and there == content:
+            return line
+        written = [known for known in _lines(cache_dir) if len(known) == 2 and known[0] == _DESCRIPTION]
+        if there is None or [_DESCRIPTION, hashlib.sha256(there).hexdigest()] not in written:
+            raise DataError(
+                f"{copy} is in the way: it is not as this script wrote it; move it away, or choose another cache_dir"
+            )
+    if content is not None:
+        with open(os.path.join(cache_dir, SOURCES_FILE), "a", encoding="utf-8") as file:
+            file.write("\n" + line)  # the first ends a line that a killed run left unfinished
+        write_bytes(copy, content)
+    elif os.path.lexists(copy):
         os.remove(copy)
+    return line
 
 
 def cache_split(

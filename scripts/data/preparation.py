@@ -44,12 +44,17 @@ def clear_errors(program: str) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renamed to `path` when the block succeeds, removed when it fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{_short(path.name)}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _short(name: str) -> str:
+    """What stands for a name in that of its temporary file, which must not be longer than file systems take."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
 
 
 def write_png(image: Image.Image, path: Path) -> None:
@@ -138,7 +143,10 @@ def open_output(
         _refuse_links(out, folder)
         ours = set(record["files"].get(folder, ()))
         present = sorted((out / folder).iterdir()) if (out / folder).is_dir() else []
-        temporary = {f for f in present if (m := re.fullmatch(r"\.(.+)\.\d+\.tmp", f.name)) and m[1] in ours | names}
+        known = {
+            word for name in ours | names for word in (name, _short(name))
+        }  # earlier versions took the name itself
+        temporary = {f for f in present if (m := re.fullmatch(r"\.(.+)\.\d+\.tmp", f.name)) and m[1] in known}
         leftovers += [file for file in temporary if not file.is_symlink()]
         finished[folder] = {file.name for file in present if not file.name.startswith(".")}
         strangers = sorted(finished[folder] - names)
@@ -176,7 +184,7 @@ def _read_record(out: Path, program: str) -> dict[str, Any]:
         raise PreparationError(f"{out} is not a folder; choose another to write")
     path = out / RECORD
     if not os.path.lexists(path):
-        own = re.compile(rf"\.{re.escape(RECORD)}\.\d+\.tmp")
+        own = re.compile(rf"\.({re.escape(RECORD)}|{_short(RECORD)})\.\d+\.tmp")
         others = sorted(file.name for file in out.iterdir() if not own.fullmatch(file.name)) if out.is_dir() else []
         if others:
             raise PreparationError(
