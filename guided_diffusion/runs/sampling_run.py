@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.listing import printable, some_names
+from ..data.pictures import colorize, contact_sheet, save_png
 from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
@@ -24,7 +25,6 @@ from ..sampling.loop import Moment
 from ..settings import ConfigError, SampleConfig, Sampling
 from ..weights import store
 from .picture_record import Entry, Look, entry_of, input_pictures, settings_differences
-from .pictures import colorize, contact_sheet, save_png
 from .results_folder import ResultsFolder
 from .stop_signals import StopSignals
 from .writer import PictureWriter
