@@ -25,9 +25,10 @@ from .hosts.memory import available_memory
 from .layouts.encode import encode_label_map, to_uint8
 from .layouts.spade import Layout
 from .respace import SpacedDiffusion
+from .sampling.external import make_solver
 from .sampling.guidance import Predictor, make_guidance
 from .sampling.loop import Moment, run_moves
-from .sampling.solvers import SAMPLERS, dynamic_thresholding
+from .sampling.solvers import dynamic_thresholding
 from .script_util import create_gaussian_diffusion, create_model, network_settings
 from .seeding import ImageNoise, stable_seed, whole_number
 from .settings import DiffusionConfig, ModelConfig, Sampling, auto_choice, check_known
@@ -224,6 +225,7 @@ class SDMPipeline:
         instance = None if instance is None else instance.to(self.device)
         y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
         diffusion = self.diffusion(sampling.timestep_respacing, sampling.num_steps)
+        solver = make_solver(sampling.sampler, diffusion, sampling.eta)
         guidance = make_guidance(sampling.s, sampling.guidance_interval)
         with self._layout(y, keep) as layout:
             null = self._null_layout(y, keep) if guidance.other == "null" else None
@@ -232,7 +234,7 @@ class SDMPipeline:
                 diffusion,
                 Predictor(self.model, layout, guidance, null),
                 noise(),
-                SAMPLERS[sampling.sampler](diffusion, sampling.eta),
+                solver,
                 clip_denoised=sampling.clip_denoised,
                 denoised_fn=dynamic_thresholding(sampling.dynamic_threshold) if sampling.dynamic_threshold else None,
                 draw_noise=noise,
