@@ -17,7 +17,8 @@ from guided_diffusion.sampling.external import ExternalSolver
 from guided_diffusion.sampling.guidance import Predictor
 from guided_diffusion.sampling.loop import Move, run_moves, sample_loop
 from guided_diffusion.sampling.solvers import DPMSolverPP
-from guided_diffusion.settings import ConfigError, Sampling
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.settings import ConfigError, DiffusionConfig, Sampling
 
 schedulers = pytest.importorskip("diffusers.schedulers")
 
@@ -65,6 +66,19 @@ def test_the_same_steps_as_our_own_solver(sampler, eta, kind, options, steps, pr
     for ours, theirs in zip(*runs, strict=True):
         # float32, in another order of operations; images are of order 1, and clipped
         torch.testing.assert_close(ours.x, theirs.x, rtol=2e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "sampler,kind,error",
+    # Euler holds x divided by sqrt(alpha_bar): 20,000 times as large, in float32
+    [("ddim", "DDIM", 1e-4), ("dpmsolver++", "DPMSolverMultistep", 1e-4), ("ddim", "EulerDiscrete", 4e-3)],
+)
+def test_a_cosine_schedule_in_few_steps(sampler, kind, error):
+    """Two steps of it take a beta to 1 - 5e-9, which is 1 in float32: its product must not be theirs."""
+    scheduler = getattr(schedulers, f"{kind}Scheduler")()
+    diffusion = create_gaussian_diffusion(DiffusionConfig(noise_schedule="cosine"), 2)
+    ends = [last(sample_loop(diffusion, network, NOISE.clone(), sampler=s)) for s in (sampler, scheduler)]
+    torch.testing.assert_close(*ends, rtol=0, atol=error)
 
 
 @pytest.mark.parametrize(

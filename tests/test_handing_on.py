@@ -428,6 +428,13 @@ def test_a_run_is_exported(script, tmp_path):
     assert done.returncode == 0 and (tmp_path / "first" / "example.png").exists()
     shown = [np.asarray(Image.open(tmp_path / name / "example_layout.png")) for name in ("named", "first")]
     assert shown[0].shape == (16, 16) and not np.array_equal(*shown)
+    sampled = []
+    for name, model in (("a", path), ("b", tmp_path / "first" / "model.safetensors")):  # both know what ids mean
+        flags = ("--labels_dir", data / "val" / "labels", "--results_path", tmp_path / name, "--num_samples", 1)
+        done = run_here("image_sample.py", *map(str, ("--model_path", model, *flags, "--num_steps", 2)))
+        assert done.returncode == 0, done.stdout
+        sampled.append([(p.name, p.read_bytes()) for p in sorted((tmp_path / name / "samples").iterdir())])
+    assert len(sampled[0]) == 1 and sampled[0] == sampled[1]
     done = script(*common, "--out", tmp_path / "first")
     assert done.returncode == 1 and "holds another model" in done.stdout
     shutil.rmtree(data)
