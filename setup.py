@@ -50,7 +50,7 @@ setup(
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "segmenters": ["transformers"],
-        "hub": ["huggingface_hub"],
+        "hub": ["huggingface_hub>=0.25"],
         "diffusers": ["diffusers"],
         "coco": ["pycocotools"],
         "cityscapes": ["cityscapesscripts"],
@@ -62,7 +62,7 @@ setup(
             "matplotlib",
             "tensorboard",
             "setuptools>=70.1",
-            "huggingface_hub",
+            "huggingface_hub>=0.25",
             *TEST_PEERS,
         ],  # a wheel
     },

@@ -181,9 +181,10 @@ class SDMPipeline:
         :param example: a label map, with `instance_map` and `sampling` as for a call: the card shows what it gives.
         :param precision: for whoever loads it without a choice.
         :raises CheckpointError: the folder holds something, or cannot be written (nothing is left then); bad figures.
-        :raises ConfigError: these weights were rounded to 16 bits, or an unknown precision.
+        :raises ConfigError: these weights were rounded to 16 bits; an unknown precision or option.
         """
         path = hub.vacant(folder)
+        check_known(sampling.keys() - {"seed"}, Sampling)  # a misspelt name is no option of sampling
         if self.precision != "fp32":
             raise ConfigError(
                 f"these weights were rounded to {self.precision}: to hand the network on, load its checkpoint with "

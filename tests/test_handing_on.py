@@ -109,6 +109,8 @@ def test_the_recommended_precision_is_taken_unless_another_is_named(tmp_path, pi
     assert np.array_equal(picture(exact), picture(pipeline))
     with pytest.raises(ConfigError, match=r"these weights were rounded to bf16: .* precision fp32"):
         SDMPipeline.from_pretrained(folder).save_pretrained(tmp_path / "rounded")
+    with pytest.raises(ConfigError, match="unknown settings: licence"):
+        pipeline.save_pretrained(tmp_path / "rounded", licence="mit")
     with pytest.raises(ConfigError, match="unknown precision 'fp8'"):
         pipeline.save_pretrained(tmp_path / "rounded", precision="fp8")
     assert os.listdir(tmp_path) == ["half"]

@@ -197,7 +197,7 @@ def folder_config_of(path: str, where: str) -> dict[str, Any]:
 def library() -> ModuleType:
     """`huggingface_hub`. :raises CheckpointError: it is not installed."""
     try:
-        import huggingface_hub
+        import huggingface_hub.errors
     except ImportError as error:
         raise CheckpointError(
             'models on a hub need the package huggingface_hub: pip install "huggingface_hub", or this project\'s '

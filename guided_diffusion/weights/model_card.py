@@ -88,10 +88,10 @@ def example_page(config: Mapping[str, Any], example: Example) -> Image.Image:
     )
 
 
-def read_figures(paths: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
+def read_figures(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
     """What scorers wrote with `--json`. :raises CheckpointError: a file is none of theirs."""
     figures = []
-    for path in map(os.fspath, paths):
+    for path in map(os.fspath, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         try:
             with open(path, "rb") as file:
                 figure = parse_json(file.read())
@@ -155,6 +155,7 @@ def _metadata(license: str, datasets: Sequence[str]) -> str:
     """The YAML that hubs read; a string of JSON is one of YAML."""
     lines = [f"library_name: {LIBRARY}", f"pipeline_tag: {PIPELINE_TAG}"]
     lines += [f"license: {json.dumps(license)}"] if license else []
+    datasets = [datasets] if isinstance(datasets, str) else datasets
     lines += ["datasets:", *(f"- {json.dumps(dataset)}" for dataset in datasets)] if datasets else []
     lines += ["tags:", *(f"- {tag}" for tag in TAGS)]
     return "\n".join(["---", *lines, "---"])
