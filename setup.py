@@ -39,6 +39,7 @@ setup(
         "mpi4py>=4.0",
         "numpy",
         "blobfile>=2.0",
+        "safetensors>=0.4.3",
         "Pillow>=10.1",
         "scipy",
         "lpips>=0.1.4",
@@ -49,6 +50,8 @@ setup(
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "segmenters": ["transformers"],
+        "hub": ["huggingface_hub>=0.25"],
+        "diffusers": ["diffusers"],
         "coco": ["pycocotools"],
         "cityscapes": ["cityscapesscripts"],
         # setuptools: for a wheel
@@ -59,6 +62,7 @@ setup(
             "matplotlib",
             "tensorboard",
             "setuptools>=70.1",
+            "huggingface_hub>=0.25",
             *TEST_PEERS,
         ],  # a wheel
     },

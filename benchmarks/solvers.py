@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from guided_diffusion.data.pictures import colorize, contact_sheet, save_png
 from guided_diffusion.data.specs import get_spec
-from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = [

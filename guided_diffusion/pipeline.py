@@ -3,6 +3,7 @@
 pipeline = SDMPipeline.from_checkpoint("OUTPUT/ADE20K-SDM-256CH-FINETUNE/ema_0.9999_best.pt")
 images = pipeline("layout.png", s=1.5, sampler="dpmsolver++", num_steps=20, seed=0)
 images[0].save("sample.png")
+pipeline.save_pretrained("ade20k-sdm", example="layout.png")  # a folder to hand on; `from_pretrained` reads it
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,14 +27,24 @@ from .hosts.memory import available_memory
 from .layouts.encode import encode_label_map, to_uint8
 from .layouts.spade import Layout
 from .respace import SpacedDiffusion
+from .sampling.external import as_sampler, make_solver
 from .sampling.guidance import Predictor, make_guidance
 from .sampling.loop import Moment, run_moves
-from .sampling.solvers import SAMPLERS, dynamic_thresholding
+from .sampling.solvers import dynamic_thresholding
 from .script_util import create_gaussian_diffusion, create_model, network_settings
 from .seeding import ImageNoise, stable_seed, whole_number
-from .settings import DiffusionConfig, ModelConfig, Sampling, auto_choice, check_known
+from .settings import (
+    ConfigError,
+    DiffusionConfig,
+    ModelConfig,
+    Sampling,
+    auto_choice,
+    check_known,
+    resolve_precision,
+)
 from .unet import UNetModel
-from .weights import store
+from .weights import hub, store
+from .weights.model_card import About, Example, card_files, read_figures
 
 MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselves need nearly as much
 
@@ -68,9 +80,12 @@ class SDMPipeline:
         compile: bool = False,
         grey: bool = False,
         classes: tuple[tuple[str, ...], np.ndarray] | None = None,
+        record: Mapping[str, Any] | None = None,
     ):
         """grey: the network was trained on grey pictures, and its images are to be grey as well. classes: the names of
-        its classes, and their colours uint8 [num_classes, 3]: `class_names` and `palette`, None where unknown."""
+        its classes, and their colours uint8 [num_classes, 3]: `class_names` and `palette`, None where unknown. record:
+        the config of its training, of which `save_pretrained` hands on what ids mean."""
+        self.record = dict(record or {})
         self.grey = grey
         self.class_names, self.palette = classes or (None, None)
         self.precision = precision
@@ -111,7 +126,7 @@ class SDMPipeline:
         source = f"{store.CONFIG_NAME} beside {path}"
         model_config, diffusion_config, precision = network_settings(settings, recorded, source, precision=precision)
         classes = recorded_classes(recorded, model_config.num_classes, source)
-        weights = store.load_weights(path)
+        weights = (hub.read_weights if path.endswith(".safetensors") else store.load_weights)(path)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
         store.load_state_into(model, weights, path)
@@ -125,7 +140,87 @@ class SDMPipeline:
             compile=compile,
             grey=bool(recorded and (recorded.get("dataset_json") or {}).get("grey")),
             classes=classes,
+            record=recorded,
         )
+
+    # -- handing on ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike, *, revision: str | None = None, precision: str = "", **options: Any
+    ) -> SDMPipeline:
+        """Loads what `save_pretrained` made: a folder, or a model on a hub (into its cache; HF_HUB_OFFLINE=1: from it).
+
+        :param source: the folder, or OWNER/NAME on the hub. :param revision: a branch, tag or commit on the hub.
+        :param precision: by default the one that the folder recommends, else fp32. :param options: device,
+            keep_modulations and compile as in `from_checkpoint`.
+        :raises CheckpointError: no such folder or model, one of another library, or weights that are missing, too many
+            or damaged.
+        """
+        path, config = hub.locate(source, revision)
+        return cls.from_checkpoint(path, precision=precision or config.get("precision", ""), **options)
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike,
+        *,
+        name: str = "",
+        license: str = "",
+        datasets: Sequence[str] = (),
+        figures: Sequence[str | os.PathLike] = (),
+        example: str | os.PathLike | Image.Image | np.ndarray | None = None,
+        instance_map: str | os.PathLike | Image.Image | np.ndarray | None = None,
+        precision: str = "",
+        **sampling: Any,
+    ) -> str:
+        """Makes a folder to hand on: float32 weights, config, model card (see `weights.hub`). Returns its path.
+
+        :param folder: new, or empty. :param name: in the card, where it is not the folder's. :param license: for the
+            card, as mit. :param datasets: ids of data sets on a hub. :param figures: files that scorers wrote with
+            --json.
+        :param example: a label map, with `instance_map` and `sampling` as for a call: the card shows what it gives.
+        :param precision: for whoever loads it without a choice.
+        :raises CheckpointError: the folder holds something, or cannot be written (nothing is left then); bad figures.
+        :raises ConfigError: these weights were rounded to 16 bits; an unknown precision or option.
+        """
+        path = hub.vacant(folder)
+        check_known(sampling.keys() - {"seed"}, Sampling)  # a misspelt name is no option of sampling
+        if self.precision != "fp32":
+            raise ConfigError(
+                f"these weights were rounded to {self.precision}: to hand the network on, load its checkpoint with "
+                f'precision fp32 (save_pretrained(..., precision="{self.precision}") recommends {self.precision})'
+            )
+        config = hub.folder_config(
+            self.model_config, self.diffusion_config, self.record, names=self.class_names, palette=self.palette,
+            grey=self.grey, precision=precision and resolve_precision(precision, False),
+        )  # fmt: skip
+        about = About(name or os.path.basename(path), license, datasets, read_figures(figures))
+        shown = None if example is None else self._example(example, instance_map, sampling)
+        hub.write_folder(path, self.model.state_dict(), config, card_files(config, about, self.model, shown))
+        return path
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "", **saving: Any) -> str:
+        """Uploads what `save_pretrained` makes as one commit; returns its address. Makes the repository where needed.
+
+        :param repo_id: OWNER/NAME. :param saving: as in `save_pretrained`.
+        :raises CheckpointError: the hub cannot be reached or refuses, and what `save_pretrained` raises.
+        """
+        hub.check_repository(repo_id)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save_pretrained(os.path.join(parent, "model"), **{"name": repo_id} | saving)
+            return hub.push_folder(folder, repo_id, private=private, message=message or "Add an SDM network")
+
+    def _example(self, label_map: Any, instance_map: Any, sampling: dict[str, Any]) -> Example:
+        undropped = (self.record.get("training") or {}).get("drop_rate") == 0  # guidance was not trained
+        sampling = ({"s": 1.0} if undropped else {}) | {"seed": 0} | sampling
+        sample = self(label_map, instance_map=instance_map, **sampling)[0]
+        label, instance = (
+            None if source is None else self._read_map(source, "map").numpy()[0, 0]
+            for source in (label_map, instance_map)
+        )
+        told = {key: getattr(Sampling, key) for key in ("s", "sampler", "num_steps")} | sampling
+        told["sampler"] = as_sampler(told["sampler"])  # its name
+        return Example(label, instance, sample, ", ".join(f"{key}={value!r}" for key, value in told.items()))
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -224,6 +319,7 @@ class SDMPipeline:
         instance = None if instance is None else instance.to(self.device)
         y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
         diffusion = self.diffusion(sampling.timestep_respacing, sampling.num_steps)
+        solver = make_solver(sampling.sampler, diffusion, sampling.eta)
         guidance = make_guidance(sampling.s, sampling.guidance_interval)
         with self._layout(y, keep) as layout:
             null = self._null_layout(y, keep) if guidance.other == "null" else None
@@ -232,7 +328,7 @@ class SDMPipeline:
                 diffusion,
                 Predictor(self.model, layout, guidance, null),
                 noise(),
-                SAMPLERS[sampling.sampler](diffusion, sampling.eta),
+                solver,
                 clip_denoised=sampling.clip_denoised,
                 denoised_fn=dynamic_thresholding(sampling.dynamic_threshold) if sampling.dynamic_threshold else None,
                 draw_noise=noise,

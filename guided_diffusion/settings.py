@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .resample import SCHEDULE_SAMPLERS
+from .sampling.external import SchedulerSampler, as_sampler
 from .sampling.solvers import SAMPLERS
 
 MOST_GUIDANCE = 1000.0  # far beyond any use; what is larger leaves the range of float32 in the steps
@@ -251,7 +252,7 @@ class Sampling:
     are the published ones."""
 
     s: float = setting(1.5, "guidance scale; 1 or less: no guidance")
-    sampler: str = setting("dpmsolver++", "ddpm, ddim or dpmsolver++")
+    sampler: str = setting("dpmsolver++", "ddpm, ddim or dpmsolver++ (in Python, a diffusers scheduler too)")
     num_steps: int = setting(20, "steps, evenly spaced from the noisiest; 0: as timestep_respacing says")
     timestep_respacing: str = setting("", "steps to sample with, as 250, 10,15,20 or ddim25; empty: all")
     eta: float = setting(0.0, "randomness of ddim: 0 none, 1 that of ddpm")
@@ -263,6 +264,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Gives every value its field's type, as 2 for "2". :raises ConfigError: a value that no sampler takes."""
+        try:
+            self.sampler = as_sampler(self.sampler)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         for field in dataclasses.fields(Sampling):
             setattr(self, field.name, as_setting(field.name, field.default, getattr(self, field.name)))
         self._check_sampling()
@@ -272,7 +277,7 @@ class Sampling:
             raise ConfigError(
                 f"s must be a finite number; got {self.s:g} (1 or less: no guidance; at most {MOST_GUIDANCE:g})"
             )
-        if self.sampler not in SAMPLERS:
+        if self.sampler not in SAMPLERS and not isinstance(self.sampler, SchedulerSampler):
             raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:

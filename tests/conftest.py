@@ -33,6 +33,7 @@ SLOW = {
     "test_golden::test_guided_ddim_loop",
     "test_golden::test_p_mean_variance",
     "test_golden::test_three_training_steps",
+    "test_handing_on::test_there_and_back_over_a_hub_and_from_its_cache",
     "test_host_reads",
     "test_image_listing::test_hundred_thousand_files_list_in_seconds",
     "test_loss_curve::test_one_rank_follows_the_curve",

@@ -14,12 +14,12 @@ from data_helpers import load_script, run_script, save, write_custom
 from evaluation_helpers import load_script as load_evaluation
 from PIL import Image, features
 
+from guided_diffusion.data.pictures import bar_chart, contact_sheet
 from guided_diffusion.data.specs import DataError, get_spec
 from guided_diffusion.data.transforms import open_map, read_label
 from guided_diffusion.dist_util import World
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.logger import Logger
-from guided_diffusion.runs.pictures import bar_chart, contact_sheet
 from guided_diffusion.runs.validation import Validation
 from guided_diffusion.seeding import stable_seed
 

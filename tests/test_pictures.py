@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
+from guided_diffusion.data.pictures import colorize, contact_sheet, save_png
 from guided_diffusion.runs.writer import PictureWriter
 from guided_diffusion.weights.store import CheckpointError
 

@@ -9,9 +9,9 @@ import pytest
 from data_helpers import REPOSITORY, draw, run_script, save, shared_or_skip, write_benchmark, write_custom
 from PIL import Image
 
+from guided_diffusion.data.pictures import bar_chart
 from guided_diffusion.data.specs import get_spec
 from guided_diffusion.image_datasets import open_dataset
-from guided_diffusion.runs.pictures import bar_chart
 
 
 def verify(root, report, *more, mode="custom"):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.pictures import colorize, contact_sheet, save_png
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
 from ..layouts.encode import to_network, to_uint8
@@ -20,7 +21,6 @@ from ..sampling.loop import sample_loop
 from ..script_util import create_gaussian_diffusion
 from ..seeding import normals, stable_seed
 from ..settings import DiffusionConfig
-from .pictures import colorize, contact_sheet, save_png
 from .state import TrainingState
 from .validation import Weights, evaluating, spread
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.listing import printable, some_names
+from ..data.pictures import colorize, contact_sheet, save_png
 from ..data.specs import DataError
 from ..dist_util import World
 from ..image_datasets import LayoutDataset, sampling_batches
@@ -25,7 +26,6 @@ from ..settings import ConfigError, SampleConfig, Sampling
 from ..weights import store
 from .made_samples import MadeSamples, read_made
 from .picture_record import Entry, Look, entry_of, fingerprint, input_pictures, samples_of, settings_differences
-from .pictures import colorize, contact_sheet, save_png
 from .results_folder import ResultsFolder
 from .stop_signals import StopSignals
 from .writer import PictureWriter

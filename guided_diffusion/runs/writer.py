@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.pictures import save_png
 from ..weights.store import CheckpointError
-from .pictures import save_png
 
 MOST_WAITING = 256  # pictures; whoever makes them faster than a disk takes them waits
 

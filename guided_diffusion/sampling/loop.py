@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .external import make_solver
 from .guidance import Predictor
-from .solvers import SAMPLERS, Denoised, DrawNoise, Move, Solver, alpha_bar
+from .solvers import Denoised, DrawNoise, Move, Solver, alpha_bar
 
 
 class Process(Protocol):
@@ -112,13 +113,12 @@ def sample_loop(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     **options: Any,
 ) -> Iterator[Moment]:
-    """`run_moves` with the solver by its name and the traditional arguments: a denoiser or a function as `model`, and
-    `model_kwargs` (see `Predictor.from_kwargs`).
+    """`run_moves` with the solver by its name (or another library's scheduler, see `external`) and the traditional
+    arguments: a denoiser or a function as `model`, and `model_kwargs` (see `Predictor.from_kwargs`).
 
     :param guidance_interval: the part of the trajectory that is guided, 0 being pure noise and 1 the image.
     :raises ValueError: an unknown sampler, or an interval that is not 0 <= low < high <= 1.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+    solver = make_solver(sampler, diffusion, eta)
     predictor = Predictor.from_kwargs(model, model_kwargs, noise, guidance_interval)
-    return run_moves(diffusion, predictor, noise, SAMPLERS[sampler](diffusion, eta), **options)
+    return run_moves(diffusion, predictor, noise, solver, **options)

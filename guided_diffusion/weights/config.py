@@ -20,6 +20,8 @@ def checked_config(content: Any) -> dict[str, Any]:
     """
     if not isinstance(content, dict):
         raise TypeError("it is no JSON object")
+    if library := other_library(content):
+        raise ValueError(f"it describes a model of {library}")
     config = {name: part for name, part in content.items() if part is not None}
     for name, kind in (_NEEDED | _OPTIONAL).items():
         if name in config or name in _NEEDED:
@@ -27,6 +29,17 @@ def checked_config(content: Any) -> dict[str, Any]:
     if "data" not in config and "dataset_json" in config:  # only data of one's own has that part
         config["data"] = {"dataset_mode": "custom"}
     return config
+
+
+def other_library(content: Any) -> str:
+    """The library whose model a `config.json` describes, where it is a known one other than this; else empty."""
+    if not isinstance(content, dict):
+        return ""
+    if "_class_name" in content or "_diffusers_version" in content:
+        return f"diffusers ({content.get('_class_name', 'unnamed')})"
+    if "architectures" in content or "model_type" in content:
+        return f"transformers ({content.get('model_type', content.get('architectures'))})"
+    return ""
 
 
 def _checked_part(name: str, kind: type | None, part: Any) -> dict[str, Any]:

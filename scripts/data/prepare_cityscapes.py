@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion.data.json_text import parse_json
+from guided_diffusion.data.pictures import save_png
 from guided_diffusion.data.specs import DataError
 from guided_diffusion.hosts.parallel import map_in_processes
-from guided_diffusion.runs.pictures import save_png
 
 POLYGONS = "_polygons.json"
 MAPS = ("labelIds", "instanceIds")

@@ -21,10 +21,10 @@ import numpy as np
 
 from guided_diffusion.data.checks import SplitReport, check_headers, check_pixels, summarize
 from guided_diffusion.data.listing import Item, pair_files, printable, read_cache_settings, unread_files
+from guided_diffusion.data.pictures import bar_chart, colorize, contact_sheet, save_png
 from guided_diffusion.data.specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
 from guided_diffusion.data.transforms import read_image, read_label, sampling_geometry
 from guided_diffusion.hosts.parallel import map_in_processes
-from guided_diffusion.runs.pictures import bar_chart, colorize, contact_sheet, save_png
 
 SHOWN_PROBLEMS = 20
 SHOWN_SCENES = 6

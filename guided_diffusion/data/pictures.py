@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.listing import printable
-from ..data.own_files import temporary_path
+from .listing import printable
+from .own_files import temporary_path
 
 _PAPER, _INK, _FAINT, _FRAME = (255, 255, 255), (28, 32, 38), (110, 116, 126), (222, 225, 230)
 
