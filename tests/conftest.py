@@ -29,6 +29,8 @@ SLOW = {
     "test_dist_util",
     "test_fid",
     "test_frechet",
+    "test_guidance::test_over_a_run_as_diffusers",
+    "test_guide_network",
     "test_golden::test_encoded_layouts_give_the_same_numbers",
     "test_golden::test_guided_ddim_loop",
     "test_golden::test_p_mean_variance",
