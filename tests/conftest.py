@@ -30,6 +30,7 @@ SLOW = {
     "test_fid",
     "test_frechet",
     "test_guidance::test_over_a_run_as_diffusers",
+    "test_guidance_benchmark::test_the_whole_comparison",
     "test_guide_network",
     "test_golden::test_encoded_layouts_give_the_same_numbers",
     "test_golden::test_guided_ddim_loop",
