@@ -23,6 +23,7 @@ from guided_diffusion.settings import (
     ModelConfig,
     PlanConfig,
     SampleConfig,
+    check_guidance,
 )
 from guided_diffusion.weights import store
 
@@ -36,6 +37,7 @@ def main() -> int:
     ):
         check_same_flags(world, flags)
         config = build_config(SampleConfig, flags)
+        check_guidance(config.guidance, flags)
         plan = build_config(PlanConfig, flags)
         config.check(needs_model=not plan.dry_run)
         recorded = store.read_config(config.model_path) if config.model_path else None
@@ -46,8 +48,11 @@ def main() -> int:
         log = print if world.is_main else lambda message: None
         log(f"results folder: {config.results_path}")
         log(world.describe())
-        if config.s > 1 and recorded and recorded.get("training", {}).get("drop_rate") == 0:
+        guided_by = sampling.make_guidance().other
+        if guided_by == "null" and recorded and recorded.get("training", {}).get("drop_rate") == 0:
             log(f"note: trained with drop_rate 0, so without null layouts: s {config.s:g} guides by noise; --s 1")
+        if not guided_by and sampling.guidance != "cfg":
+            log(f"note: guidance {sampling.guidance} does nothing at s {sampling.s:g}, which is no guidance; --s 2")
         pipeline = (pretended_pipeline if plan.dry_run else SDMPipeline.from_checkpoint)(
             config.model_path,
             precision=config.precision,
@@ -57,12 +62,14 @@ def main() -> int:
             **given_of(flags, ModelConfig, DiffusionConfig),
         )
         pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here
+        networks = pipeline.networks(sampling)  # and here a checkpoint that cannot guide
         planning = dict(config=config, sampling=sampling, data=data, world=world, log=log)
         if plan.dry_run and not (config.model_path and (data.data_dir or config.labels_dir)):  # a plan does without
             return plan_sampling(plan, pipeline, None, **planning)
         alone = bool(config.labels_dir) and "data_dir" not in flags and "dataset_mode" not in flags
         dataset = open_layouts(config, data, pipeline.model_config, recorded or {}, alone=alone, log=log)
-        pipeline.model.check_size(*dataset.shape)
+        for network in networks:
+            network.model.check_size(*dataset.shape)
         run = SampleRun(
             pipeline=pipeline,
             dataset=dataset,

@@ -40,12 +40,15 @@ class Row:
     sampler: str = "dpmsolver++"
     steps: int = 20
     subset: bool = False
+    options: tuple[tuple[str, str], ...] = ()  # further flags of image_sample.py, and their values
+    guide: str = ""  # a checkpoint below OUT that guides
 
     @property
     def folder(self) -> str:
         """A name that tells the settings."""
-        checkpoint = self.checkpoint.removesuffix(".pt").replace("/", "_")
-        return f"{checkpoint}_s{self.s:g}_{self.sampler}_{self.steps}" + ("_subset" if self.subset else "")
+        checkpoint, guide = (path.removesuffix(".pt").replace("/", "_") for path in (self.checkpoint, self.guide))
+        more = "".join(f"_{name}{value}" for name, value in (*self.options, *([("by_", guide)] if guide else [])))
+        return f"{checkpoint}_s{self.s:g}_{self.sampler}_{self.steps}{more}" + ("_subset" if self.subset else "")
 
 
 def compared(ema: str, steps: int) -> list[Row]:
@@ -84,6 +87,8 @@ def sample(row: Row, args: argparse.Namespace) -> Path:
     command = [*launcher, sys.executable, "image_sample.py", "--model_path", args.out / row.checkpoint]
     command += ["--data_dir", data, "--results_path", results, "--batch_size", args.batch_size]
     command += ["--precision", args.precision, "--s", row.s, "--sampler", row.sampler, "--num_steps", row.steps]
+    command += [part for name, value in row.options for part in (f"--{name}", value)]
+    command += ["--guide_path", args.out / row.guide] if row.guide else []
     run(command)
     return results
 

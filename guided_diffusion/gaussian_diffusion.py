@@ -159,16 +159,7 @@ class GaussianDiffusion:
 
     def level(self, x: torch.Tensor, t: torch.Tensor, progress: float = 0.0) -> Level:
         """x_t at timesteps t [N] as guidance sees it."""
-
-        def at(name: str) -> torch.Tensor:
-            return self._at(name, t)
-
-        return Level(
-            x,
-            progress,
-            image=lambda output: self.prediction.image(output, x, at),
-            output=lambda image: self.prediction.output(image, x, at),
-        )
+        return Level(x, progress, self.prediction, lambda name: self._at(name, t))
 
     def model_output(
         self, model: Model, x: torch.Tensor, t: torch.Tensor, model_kwargs: ModelArguments | None

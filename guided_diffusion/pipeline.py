@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .data.class_lists import recorded_classes
+from .data.class_lists import moved_classes, recorded_classes
 from .data.transforms import lossy_format, open_map, read_header
 from .fp16_util import PRECISIONS
 from .hosts.memory import available_memory
@@ -28,7 +28,7 @@ from .layouts.encode import encode_label_map, to_uint8
 from .layouts.spade import Layout
 from .respace import SpacedDiffusion
 from .sampling.external import as_sampler, make_solver
-from .sampling.guidance import Predictor, make_guidance
+from .sampling.guidance import Guide, Predictor
 from .sampling.loop import Moment, run_moves
 from .sampling.solvers import dynamic_thresholding
 from .script_util import create_gaussian_diffusion, create_model, network_settings
@@ -39,6 +39,7 @@ from .settings import (
     ModelConfig,
     Sampling,
     auto_choice,
+    check_guidance,
     check_known,
     resolve_precision,
 )
@@ -102,6 +103,8 @@ class SDMPipeline:
         self._lock = threading.Lock()  # for the two below, which calls from several threads share
         self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
         self._buffers: tuple[tuple[int, ...], Layout] | None = None  # the kept layout of the last run, of that shape
+        self._guides = threading.Lock()
+        self._guide: tuple[str, SDMPipeline] | None = None  # the network of the last guide_path
 
     @classmethod
     def from_checkpoint(
@@ -250,6 +253,7 @@ class SDMPipeline:
         if samples < 1 or batch_size < 1:
             raise ValueError(f"samples ({samples}) and batch_size ({batch_size}) must be at least 1")
         check_known(sampling, Sampling)
+        check_guidance(sampling.get("guidance", Sampling.guidance), sampling)
         if sampling.get("timestep_respacing") and "num_steps" not in sampling:
             sampling["num_steps"] = 0
         label = self._read_map(label_map, "label map")
@@ -297,8 +301,9 @@ class SDMPipeline:
                 f"the instance map is {'x'.join(map(str, instance.shape[2:]))} (height x width), the label map "
                 f"{height}x{width}: both must have a value for every pixel"
             )
-        self.model.check_size(height, width)
-        keeping = keeping or self.keeping(len(label), height, width)
+        for network in self.networks(sampling):
+            network.model.check_size(height, width)
+        keeping = keeping or self.keeping(len(label), height, width, sampling=sampling)
         size = keeping.layouts if len(label) > 1 else len(seeds)
         return np.concatenate(
             [
@@ -320,13 +325,16 @@ class SDMPipeline:
         y = encode_label_map(label.to(self.device), instance, self.model_config.num_classes, self.model.dtype)
         diffusion = self.diffusion(sampling.timestep_respacing, sampling.num_steps)
         solver = make_solver(sampling.sampler, diffusion, sampling.eta)
-        guidance = make_guidance(sampling.s, sampling.guidance_interval)
-        with self._layout(y, keep) as layout:
+        guidance = sampling.make_guidance()
+        worse = self.guide(sampling)
+        with contextlib.ExitStack() as layouts:
+            layout = layouts.enter_context(self._layout(y, keep))
             null = self._null_layout(y, keep) if guidance.other == "null" else None
+            guide = worse and worse._as_guide_of(diffusion, layouts.enter_context(worse._layout(y, keep)))
             del y  # where scale and shift are kept, nothing else needs the maps
             for moment in run_moves(
                 diffusion,
-                Predictor(self.model, layout, guidance, null),
+                Predictor(self.model, layout, guidance, null, guide),
                 noise(),
                 solver,
                 clip_denoised=sampling.clip_denoised,
@@ -350,25 +358,82 @@ class SDMPipeline:
             self._diffusions[key] = create_gaussian_diffusion(config, num_steps)
         return self._diffusions[key]
 
+    # -- guidance by another network ----------------------------------------------------------------------------------
+
+    def guide(self, sampling: Sampling) -> SDMPipeline | None:
+        """The network of `guide_path`, where a run is guided by one; it is read once.
+
+        :raises ConfigError: it cannot guide this one. :raises CheckpointError, DataError: see `from_checkpoint`.
+        """
+        if sampling.make_guidance().other != "guide":
+            return None
+        path = sampling.guide_path
+        with self._guides:
+            if self._guide is None or self._guide[0] != path:
+                self._guide = None  # freed before the other is read
+                self._guide = (path, self._read_guide(path))
+            return self._guide[1]
+
+    def networks(self, sampling: Sampling) -> list[SDMPipeline]:
+        """This one, and the one that guides it, if any: all whose weights a run holds."""
+        return [self, *filter(None, [self.guide(sampling)])]
+
+    def _as_guide_of(self, diffusion: SpacedDiffusion, layout: Layout) -> Guide:
+        """This network, with a layout that it has encoded, for a run of that diffusion."""
+        own = self.diffusion("", 0).prediction
+        return Guide(self.model, layout, None if type(own) is type(diffusion.prediction) else own)
+
+    def _read_guide(self, path: str) -> SDMPipeline:
+        settings = {}
+        if store.read_config(path) is None:  # a published checkpoint: of the same kind as this network
+            settings = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.diffusion_config)}
+        guide = SDMPipeline.from_checkpoint(
+            path,
+            precision=self.precision,
+            device=self.device,
+            keep_modulations=self.keep_modulations,
+            compile=self.reuses_buffers,
+            **settings | ({"use_fp16": False} if settings else {}),
+        )
+        if differences := guide_differences(self, guide):
+            raise ConfigError(
+                f"guide_path {path} cannot guide this network ({'; '.join(differences)}): give an earlier checkpoint "
+                "of the same training, or a smaller network trained on the same data"
+            )
+        return guide
+
     # -- layouts ------------------------------------------------------------------------------------------------------
 
-    def keeping(self, layouts: int, height: int, width: int, free: int | None = None) -> Keeping:
-        """Whether the modulations of layouts of height x width (and of the null layout) are kept, up to `layouts` at a
-        time, in `free` bytes: by default what is free now. Fewer at a time rather than none."""
-        each = self.model.modulation_bytes(height, width)
+    def keeping(
+        self, layouts: int, height: int, width: int, free: int | None = None, sampling: Sampling | None = None
+    ) -> Keeping:
+        """Whether the modulations of layouts of height x width are kept, up to `layouts` at a time, in `free` bytes: by
+        default what is free now. Fewer at a time rather than none.
+
+        Beside them the null layout's are kept or, where `sampling` is guided by another network, that network's own.
+        """
+        guide = self.guide(sampling) if sampling else None
+        each = self.modulation_bytes(height, width, sampling)
+        beside = 0 if guide else 1  # the null layout
         free = free_memory(self.device) // self.sharing_memory if free is None else free
-        fit = int(MEMORY_SHARE * free) // each - 1  # one is the null layout
+        fit = int(MEMORY_SHARE * free) // each - beside
         keep = self.keep_modulations == "true" or (self.keep_modulations == "auto" and fit >= 1)
         at_once = max(1, min(layouts, fit)) if keep and self.keep_modulations == "auto" else layouts
         return Keeping(
             keep,
             at_once,
             f"SPADE's scale and shift are {'kept for all steps' if keep else 'computed anew in every step'}: "
-            f"{(at_once + 1) * each / 2**30:.2f} GiB for {at_once} layout{'s' * (at_once > 1)} and the null layout"
+            f"{(at_once + beside) * each / 2**30:.2f} GiB for {at_once} layout{'s' * (at_once > 1)} "
+            f"{'in both networks' if guide else 'and the null layout'}"
             f"{f' ({layouts} at once would not fit)' * (at_once < layouts)}, "
             f"{free / 2**30:.1f} GiB are free{' for each process' * (self.sharing_memory > 1)} "
             f"(keep_modulations {self.keep_modulations})",
         )
+
+    def modulation_bytes(self, height: int, width: int, sampling: Sampling | None = None) -> int:
+        """Bytes that are kept for a layout of height x width, with those of a network that guides, if any."""
+        networks = self.networks(sampling) if sampling else [self]
+        return sum(network.model.modulation_bytes(height, width) for network in networks)
 
     @contextlib.contextmanager
     def _layout(self, y: torch.Tensor, keep: bool) -> Iterator[Layout]:
@@ -411,6 +476,29 @@ class SDMPipeline:
                 f"the {kind} must be whole ids [H, W], one per pixel; got {ids.dtype} of shape {list(ids.shape)}"
             )
         return torch.from_numpy(ids.astype(np.int64))[None, None]
+
+
+def guide_differences(pipeline: SDMPipeline, guide: SDMPipeline) -> list[str]:
+    """Why one network cannot guide another, a phrase for each reason, [] where it can.
+
+    Both must see the same noisy images and layouts and speak of the same timesteps. Width, depth and attention may
+    differ, and so may what is predicted: images are compared.
+    """
+    differences = []
+    for config, other, names in (
+        (pipeline.model_config, guide.model_config, ("image_size", "num_classes", "no_instance")),
+        (
+            pipeline.diffusion_config,
+            guide.diffusion_config,
+            ("diffusion_steps", "noise_schedule", "rescale_timesteps"),
+        ),
+    ):
+        for name in names:
+            if getattr(config, name) != getattr(other, name):
+                differences.append(f"{name} {getattr(other, name)}, here {getattr(config, name)}")
+    if pipeline.grey != guide.grey:
+        differences.append(f"trained on {'grey' if guide.grey else 'colour'} pictures")
+    return differences + moved_classes(pipeline.class_names or (), guide.class_names or ())
 
 
 def image_seed(seed: int, name: str, index: int) -> int:

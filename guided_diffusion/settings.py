@@ -18,6 +18,7 @@ from typing import Any
 
 from .resample import SCHEDULE_SAMPLERS
 from .sampling.external import SchedulerSampler, as_sampler
+from .sampling.guidance import GUIDE, Guidance, check_options, make_guidance, method_options
 from .sampling.solvers import SAMPLERS
 
 MOST_GUIDANCE = 1000.0  # far beyond any use; what is larger leaves the range of float32 in the steps
@@ -259,6 +260,12 @@ class Sampling:
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "LOW,HIGH: part of the trajectory that is guided, 0 the noise, 1 the image"
     )
+    guidance: str = setting("cfg", "how the prediction is guided: cfg (as published), apg, rescale or autoguidance")
+    apg_momentum: float = setting(-0.5, "apg: weight of the changes of the steps before; below 0 they are taken off")
+    apg_radius: float = setting(15.0, "apg: the largest change, as a norm over all pixels and channels; 0: no limit")
+    apg_parallel: float = setting(0.0, "apg: share that is kept of the change along the image itself")
+    rescale_phi: float = setting(0.7, "rescale: share of the contrast of an image that is not guided")
+    guide_path: str = setting("", "autoguidance: checkpoint of the worse network, as an early one of the same training")
     clip_denoised: bool = setting(True, "clip the predicted image to [-1, 1] in every step")
     dynamic_threshold: float = setting(0.0, "Imagen's dynamic thresholding at this quantile, as 0.995; 0: off")
 
@@ -279,13 +286,24 @@ class Sampling:
             )
         if self.sampler not in SAMPLERS and not isinstance(self.sampler, SchedulerSampler):
             raise ConfigError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        low, high = self.guidance_interval
-        if not 0 <= low < high <= 1:
-            raise ConfigError(f"guidance_interval must be LOW,HIGH with 0 <= LOW < HIGH <= 1; got {low},{high}")
+        check_place(GUIDE, self.guide_path, ("gs", "az", "https"))
+        fields = dataclasses.fields(Sampling)
+        check_guidance(self.guidance, [f.name for f in fields if getattr(self, f.name) != f.default])
+        try:
+            needs_guide = self.make_guidance().other == "guide"
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if needs_guide and not self.guide_path:
+            raise ConfigError(f"guidance {self.guidance} needs a worse network: name its checkpoint as {GUIDE}")
         if not 0 <= self.dynamic_threshold <= 1:
             raise ConfigError(f"dynamic_threshold must lie in (0, 1], or be 0 for none; got {self.dynamic_threshold}")
         if not 0 <= self.eta <= 1:
             raise ConfigError(f"eta must lie between 0 and 1; got {self.eta}")
+
+    def make_guidance(self) -> Guidance:
+        """The guidance of one run. :raises ValueError: values that it does not take."""
+        options = {name: getattr(self, name) for name in method_options(self.guidance) if name != GUIDE}
+        return make_guidance(self.s, self.guidance_interval, self.guidance, **options)
 
 
 @dataclass
@@ -332,6 +350,8 @@ class SampleConfig(Sampling):
         check_place("model_path", self.model_path, ("gs", "az", "https"))
         if needs_model and not self.model_path:
             raise ConfigError("give the checkpoint: --model_path OUTPUT/.../ema_0.9999_best.pt")
+        if self.guide_path and self.guide_path == self.model_path:
+            raise ConfigError(f"guide_path is the checkpoint itself, {self.guide_path}: name a worse one")
         check_range(self, 1, "num_samples")
         check_range(self, 1, "batch_size", "samples_per_layout", below=MOST_BATCH + 1)
 
@@ -421,6 +441,14 @@ def check_place(name: str, path: str, schemes: tuple[str, ...] = ()) -> None:
     if separator and scheme not in schemes:
         known = f" or an address {', '.join(f'{s}://' for s in schemes)}" if schemes else ""
         raise ConfigError(f"{name} must be a local path{known}; got {path}")
+
+
+def check_guidance(method: str, given: Iterable[str]) -> None:
+    """:raises ConfigError: an unknown guidance method, or an option among the names `given` that another one takes."""
+    try:
+        check_options(method, given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_known(names: Iterable[str], *classes: type) -> None:

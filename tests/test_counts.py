@@ -6,6 +6,7 @@ A limit is today's number: lower it with a change that copies less; a change tha
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from denoiser_helpers import CLASSES, DIFFUSION, HEIGHT, KINDS, NETWORK, WIDTH, 
 from fake_device import CUDA, needs_a_pretended_gpu, pretended_gpu
 from operation_counts import Copies, Waits
 
-from guided_diffusion.sampling.loop import sample_loop
+from guided_diffusion.sampling.guidance import GUIDANCE, Guide, Predictor
+from guided_diffusion.sampling.loop import Moment, run_moves, sample_loop
 from guided_diffusion.sampling.solvers import SAMPLERS
 from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.settings import Sampling
+from guided_diffusion.unet import UNetModel
 
 BATCH = 2
 SIZES = [(HEIGHT, WIDTH), (HEIGHT // 2, WIDTH // 2)]
@@ -152,6 +156,39 @@ def test_no_sampling_step_waits_for_the_device(sampler, kind):
         with Waits() as waits:
             assert len(list(steps)) == 3
     assert waits.count == 0, waits.places
+
+
+def guided_run(model: UNetModel, x: torch.Tensor, y: torch.Tensor, method: str) -> Iterator[Moment]:
+    """Three steps by a guidance method, which may be that of the network by itself."""
+    diffusion, layout = create_gaussian_diffusion(DIFFUSION, num_steps=3), layout_of(model, y, "guided and kept")
+    guidance = Sampling(s=3.0, guidance=method, guide_path="x.pt" * (method == "autoguidance")).make_guidance()
+    other = Guide(model, layout.second, diffusion.prediction)
+    predictor = Predictor(model, layout.first, guidance, layout.second, other)
+    return run_moves(diffusion, predictor, x, SAMPLERS["ddim"](diffusion, 0.0))
+
+
+@pytest.mark.parametrize("method", GUIDANCE)
+def test_no_guidance_waits_for_the_device(method):
+    x, _, y = inputs()
+    with torch.inference_mode():
+        steps = guided_run(network().requires_grad_(False).eval(), x, y, method)
+        with Waits() as waits:
+            assert len(list(steps)) == 3
+    assert waits.count == 0, waits.places
+
+
+@needs_a_pretended_gpu
+@pytest.mark.parametrize("method", GUIDANCE)
+def test_nothing_travels_from_or_to_the_device_in_a_guided_step(method):
+    model, given = network().requires_grad_(False).eval(), inputs()
+    with pretended_gpu() as gpu, torch.inference_mode():
+        model = gpu.put(model, CUDA).convert_to(torch.float16)
+        x, _, y = gpu.put(given, CUDA)
+        steps = guided_run(model, x, y, method)
+        next(steps)
+        gpu.uploads = gpu.downloads = gpu.reads = 0
+        next(steps)
+        assert (gpu.uploads, gpu.downloads, gpu.reads) == (0, 0, 0)
 
 
 @needs_a_pretended_gpu

@@ -93,17 +93,24 @@ def test_a_training_takes_what_is_counted(precision, recompute, look_up, microba
     assert counted.passes.peak(images) == pytest.approx(measured - static, rel=SHARE)  # not by the weights alone
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_sampling_takes_what_is_counted(keep, tmp_path):
+@pytest.mark.parametrize("keep,guided", [(True, False), (False, False), (True, True)])
+def test_a_sampling_takes_what_is_counted(keep, guided, tmp_path):
+    """`guided`: by another network, in place of the null layout."""
     model, diffusion = ModelConfig(**NETWORK), DiffusionConfig(**DIFFUSION)
     label = torch.zeros(3, 1, SIZE, SIZE, dtype=torch.uint8)
     pipeline = SDMPipeline(
         create_model(model, True), model, diffusion, precision="bf16", device="cpu", keep_modulations=str(keep)
     )
+    chosen, guide = Sampling(num_steps=2, s=1.5), None
+    if guided:
+        model = dataclasses.replace(model, num_channels=2 * model.num_channels)
+        guide = SDMPipeline(create_model(model, True), model, diffusion, precision="bf16", device="cpu")
+        chosen = dataclasses.replace(chosen, guidance="autoguidance", guide_path="there")
+        pipeline._guide = ("there", guide)
     with recorded() as prof:
         for _ in range(2):  # the null layout is kept from one to the next
-            pipeline.generate(label, None, seeds=[0, 1, 2], sampling=Sampling(num_steps=2, s=1.5))
-    counted = count_sampling(pipeline, "cpu", (SIZE, SIZE), scale=1.5, keep=keep)
+            pipeline.generate(label, None, seeds=[0, 1, 2], sampling=chosen)
+    counted = count_sampling(pipeline, "cpu", (SIZE, SIZE), scale=1.5, keep=keep, guide=guide)
     assert counted.peak(3) == pytest.approx(allocated(events(prof)), rel=SHARE)
 
 

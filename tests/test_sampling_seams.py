@@ -16,7 +16,15 @@ from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
 from guided_diffusion.pipeline import MEMORY_SHARE, Keeping, SDMPipeline
 from guided_diffusion.respace import trailing_timesteps
 from guided_diffusion.sampling.denoiser import FunctionDenoiser, as_denoiser
-from guided_diffusion.sampling.guidance import GUIDANCE, ClassifierFree, Predictor, Unguided, Within, make_guidance
+from guided_diffusion.sampling.guidance import (
+    GUIDANCE,
+    ClassifierFree,
+    Guide,
+    Predictor,
+    Unguided,
+    Within,
+    make_guidance,
+)
 from guided_diffusion.sampling.loop import descent, run_moves, sample_loop
 from guided_diffusion.sampling.solvers import SAMPLERS, Move
 from guided_diffusion.settings import ConfigError, SampleConfig, Sampling
@@ -81,7 +89,7 @@ def test_a_second_network_may_guide():
     strong, weak = (FunctionDenoiser(lambda x, t, y, a=a: a * x + y, {}) for a in (0.5, 0.3))
     y, x = torch.ones(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     guidance = Weaker()
-    predictor = Predictor(strong, y, guidance, guide=(weak, 2 * y))
+    predictor = Predictor(strong, y, guidance, guide=Guide(weak, 2 * y))
     t = torch.tensor([3, 3])
     torch.testing.assert_close(predictor(t, diffusion.level(x, t)), 2 * (0.5 * x + y) - (0.3 * x + 2 * y))
     for _ in range(2):  # its state is one run's
@@ -95,7 +103,7 @@ def test_a_second_network_may_guide():
 
 
 def test_guidance_by_name():
-    assert set(GUIDANCE) == {"cfg"}
+    assert set(GUIDANCE) == {"cfg", "apg", "rescale", "autoguidance"}
     assert isinstance(make_guidance(1.5, (0.2, 0.8)), Within) and isinstance(make_guidance(1.0), Unguided)
     with pytest.raises(ValueError, match="unknown guidance 'cfq': choose one of cfg"):
         make_guidance(1.5, method="cfq")

@@ -328,15 +328,17 @@ def sampling_pass(
     images: int,
     scale: float,
     keep: bool,
+    guide: UNetModel | None = None,
 ) -> Pass:
     """The encoding of the layouts of `batch`, and one step of `images` images of them.
 
     :param model: of `Pretence.network`, converted. :param p_mean_variance: the diffusion's.
     :param scale: of guidance; above 1 the null layout is encoded as well. :param keep: SPADE's scale and shift.
+    :param guide: a network that guides, of `Pretence.network`; it is asked after the other, on the same layouts.
     """
     model.eval()
     with pretence.metered() as meter:
-        weights = meter.hold(list(model.parameters()))
+        weights = meter.hold([list(network.parameters()) for network in (model, guide) if network is not None])
         maps = pretence.like({name: value for name, value in batch.items() if name in ("label", "instance")})
         y = encode_label_map(maps["label"], maps.get("instance"), num_classes, model.dtype)
         layout: Any = y
@@ -346,13 +348,18 @@ def sampling_pass(
             begin = meter.operations  # the null layout is encoded once a run
             layout = model.encode_layout(y, keep=True)
             layout = layout if null is None else LayoutPair(layout, null)
-            del y, null
+            del null
+        worse = None if guide is None else guide.encode_layout(y, keep=keep)
+        del y
         kept, encoding = meter.alive - weights, meter.operations - begin
         x = torch.empty(images, 3, *maps["label"].shape[2:], device=pretence.device)
         t = torch.zeros(images, dtype=torch.int64, device=pretence.device)
         # What a solver and the loop still hold of the step before: mean, variance, its logarithm, predicted image.
         before = [torch.empty_like(x) for _ in range(4)]
-        p_mean_variance(model, x, t, model_kwargs={"y": layout, "s": scale})
+        output = p_mean_variance(model, x, t, model_kwargs={"y": layout, "s": scale})
+        if guide is not None:
+            guide.denoise(x, t, worse)
+        del output
         timeline = [alive - weights for alive in meter.timeline]
         del before
     return Pass(images, kept, timeline, encoding, meter.operations - begin)

@@ -1,10 +1,10 @@
 """What a results folder says of its pictures: the settings they were all made with, and what each was made from.
 
-`sampling.json` has three parts. `images`: every setting that decides an image. `run`: the rest. `pictures`: for each
-layout's name, hashes of what the network was given (`label`, `instances`), of the photograph beside it, and of the
-images that were made (`samples`, by folder). A picture counts as made only where all of that is as it would be made
-now, and is as it was. The entry of a picture is written before the picture and after an older one was removed, so that
-it is true whenever the run is killed.
+`sampling.json` has three parts. `images`: every setting that decides an image (of networks the hash, not the path).
+`run`: the rest. `pictures`: for each layout's name, hashes of what the network was given (`label`, `instances`), of the
+photograph beside it, and of the images that were made (`samples`, by folder). A picture counts as made only where all
+of that is as it would be made now, and is as it was. The entry of a picture is written before the picture and after an
+older one was removed, so that it is true whenever the run is killed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..data.listing import printable
 from ..data.own_files import is_plain
 from ..data.specs import DatasetSpec
 from ..pipeline import SDMPipeline
+from ..sampling.guidance import GUIDE
 from ..settings import (
     ConfigError,
     DiffusionConfig,
@@ -122,12 +123,15 @@ def sampling_record(
     layouts = {key: _folder(value) for key, value in layouts.items()}
     layouts |= {} if config.labels_dir else {"split": config.split}
     meaning = {"remap": dict(spec.remap), "crop": spec.crop, "classes": list(spec.class_names)}
+    chosen = dataclasses.asdict(sampling)
+    guide = chosen.pop(GUIDE)
     record = {
         "images": {
             "model_sha256": store.file_hash(config.model_path),
+            **({"guide_sha256": store.file_hash(guide)} if pipeline.guide(sampling) else {}),
             "seed": config.seed,
             "precision": pipeline.precision,
-            **dataclasses.asdict(sampling),
+            **chosen,
             "dataset_mode": data["dataset_mode"],
             **layouts,
             **(meaning if spec.name == "custom" else {}),

@@ -11,6 +11,7 @@ from ..fp16_util import PRECISIONS
 from ..pipeline import MEMORY_SHARE, SDMPipeline
 from ..script_util import build_config, create_gaussian_diffusion, create_model
 from ..settings import DataConfig, DiffusionConfig, ModelConfig, PlanConfig, SampleConfig, Sampling, resolve_precision
+from ..unet import UNetModel
 from .footprint import Pass, Passes, Pretence, blank_batch, largest_batch, sampling_pass
 from .plan import (
     NO_TIME,
@@ -56,17 +57,23 @@ def count_sampling(
     scale: float,
     keep: bool,
     one_layout: bool = False,
+    guide: SDMPipeline | None = None,
 ) -> Passes:
     """Counts the encoding of a batch's layouts and one step, beside the weights.
 
     :param pipeline: of `pretended_pipeline`. :param device_type: "cpu", or any other for a GPU.
     :param size: (height, width). :param scale: of guidance. :param keep: whether modulations are kept.
-    :param one_layout: all images of a batch are of the same layout.
+    :param one_layout: all images of a batch are of the same layout. :param guide: the network that guides, in place of
+        the null layout.
     """
     pretence, config = Pretence.of(device_type), pipeline.model_config
-    with torch.device("meta"):
-        model = create_model(config, pipeline.diffusion_config.learn_sigma).convert_to(pipeline.model.dtype)
-    model = pretence.network(model, training=False)
+
+    def network(of: SDMPipeline) -> UNetModel:
+        with torch.device("meta"):
+            model = create_model(of.model_config, of.diffusion_config.learn_sigma).convert_to(of.model.dtype)
+        return pretence.network(model, training=False)
+
+    model, worse = network(pipeline), guide and network(guide)
 
     def count(images: int) -> Pass:
         return sampling_pass(
@@ -76,8 +83,9 @@ def count_sampling(
             blank_batch(1 if one_layout else images, size, config.num_classes, not config.no_instance),
             config.num_classes,
             images=images,
-            scale=scale,
+            scale=1.0 if guide else scale,
             keep=keep,
+            guide=worse,
         )
 
     return Passes(count(2), count(3))
@@ -103,18 +111,25 @@ def plan_sampling(
     ranks, device_type = plan.plan_ranks or world.size, planned_device(plan, world)
     steps = pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps).num_timesteps
     batch, one_layout, guided = config.batch_size, config.samples_per_layout > 1, sampling.s > 1
+    guide = pipeline.guide(sampling)
 
     def tell() -> None:
         check_folder(config.results_path, "results_path", "results folder")
         size = picture_size(data, pipeline.model_config) if run is None else run.dataset.shape
-        pipeline.model.check_size(*size)
+        for network in pipeline.networks(sampling):
+            network.model.check_size(*size)
         missing, total = (0, 0) if run is None else run.missing()
         passes = {
-            keep: count_sampling(pipeline, device_type, size, scale=sampling.s, keep=keep, one_layout=one_layout)
+            keep: count_sampling(
+                pipeline, device_type, size, scale=sampling.s, keep=keep, one_layout=one_layout, guide=guide
+            )
             for keep in (True, False)
         }
         log(f"plan of a sampling, for each of {ranks} rank{'s' * (ranks > 1)}; nothing is written, no step is made")
         tell_network(pipeline.model_config, pipeline.diffusion_config, size, log)
+        if guide:
+            count = sum(parameter.numel() for parameter in guide.model.parameters())
+            log(f"guided by {sampling.guide_path}: {count / 1e6:.4g} M parameters; counted below with it")
         layout = passes[True].first(batch) / batch
         step = {keep: (counted.operations(batch) - counted.first(batch)) / batch for keep, counted in passes.items()}
         log(
@@ -127,11 +142,12 @@ def plan_sampling(
             f"counted for {device_words(device_type)}"
         )
         layouts = 1 if one_layout else batch
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in pipeline.model.parameters())
-        modulations = pipeline.model.modulation_bytes(*size)
+        networks = [network.model for network in pipeline.networks(sampling)]
+        weights = sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+        modulations = pipeline.modulation_bytes(*size, sampling)
         limit = memory_limit(plan, device_type, world, sharing)
-        keep, why = _keeps(pipeline, layouts, size, None if limit is None else limit - weights)
-        _tell_memory(passes, weights, (layouts + guided) * modulations, batch, keep, log)
+        keep, why = _keeps(pipeline, sampling, layouts, size, None if limit is None else limit - weights)
+        _tell_memory(passes, weights, (layouts + (guided and not guide)) * modulations, batch, keep, log)
         log(f"  (keep_modulations {config.keep_modulations}: {why})")
         if limit is None:
             log("largest batch: give --memory_gib, as the planned device is not at hand")
@@ -152,17 +168,20 @@ def plan_sampling(
     return 0
 
 
-def _keeps(pipeline: SDMPipeline, layouts: int, size: tuple[int, int], free: int | None) -> tuple[bool, str]:
+def _keeps(
+    pipeline: SDMPipeline, sampling: Sampling, layouts: int, size: tuple[int, int], free: int | None
+) -> tuple[bool, str]:
     """Whether modulations are kept, as the pipeline decides it in `free` bytes, and why."""
     if pipeline.keep_modulations != "auto":
         return pipeline.keep_modulations == "true", "as set"
     if free is None:
         return True, "kept where memory allows; --memory_gib tells"
-    keeping = pipeline.keeping(layouts, *size, free=free)
-    needed = (keeping.layouts + 1) * pipeline.model.modulation_bytes(*size)
+    keeping = pipeline.keeping(layouts, *size, free=free, sampling=sampling)
+    guide = pipeline.guide(sampling)
+    needed = (keeping.layouts + (not guide)) * pipeline.modulation_bytes(*size, sampling)
     parts = f", {keeping.layouts} layouts at a time" if keeping.layouts < layouts else ""
     share = f"{MEMORY_SHARE:.0%} of the memory beside the weights"
-    return keeping.keep, f"{gib(needed)} GiB, with the null layout's, against {share}{parts}"
+    return keeping.keep, f"{gib(needed)} GiB, with the {'guide' if guide else 'null layout'}'s, against {share}{parts}"
 
 
 def _tell_memory(passes: dict[bool, Passes], weights: int, kept: int, batch: int, keep: bool, log: Log) -> None:

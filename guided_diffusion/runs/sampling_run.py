@@ -302,7 +302,7 @@ class SampleRun:
     def _decide_keeping(self, count: int) -> Keeping:
         """Whether modulations are kept, and how many layouts a batch may have, the same on every rank. A collective."""
         layouts = 1 if self.several else self._largest_share(count)
-        keeping = self.world.broadcast(self.pipeline.keeping(layouts, *self.dataset.shape))
+        keeping = self.world.broadcast(self.pipeline.keeping(layouts, *self.dataset.shape, sampling=self.sampling))
         if count:
             self.log(keeping.reason)
         return keeping
@@ -383,7 +383,7 @@ class SampleRun:
         legend = [(self.dataset.spec.class_names[i], self.dataset.spec.palette[i]) for i in sorted(present)]
         s = self.sampling
         steps = self.pipeline.diffusion(s.timestep_respacing, s.num_steps).num_timesteps
-        title = f"{s.sampler}, {steps} steps, s = {s.s:g}"
+        title = f"{s.sampler}, {steps} steps, {s.guidance + ', ' if s.guidance != 'cfg' else ''}s = {s.s:g}"
         page = contact_sheet(rows, column_titles=columns, row_titles=names, title=title, legend=legend[:24])
         path = os.path.join(self.results.path, "overview.png")
         try:

@@ -70,7 +70,7 @@ def run_moves(
     """Takes x [N, C, H, W] along a trajectory; yields the moment after each move.
 
     A move down is the solver's, from the network's prediction. A move up adds the noise that x would have at the higher
-    level (Lugmayr et al., arXiv 2201.09865, equation 4), and the solver forgets its history.
+    level (Lugmayr et al., arXiv 2201.09865, equation 4), and solver and guidance forget their history.
 
     :param x: at the level where the first move starts: noise, for a whole descent.
     :param moves: the trajectory; by default the whole descent.
@@ -89,6 +89,7 @@ def run_moves(
             kept = alpha_bar(diffusion, move.end) / alpha_bar(diffusion, move.start)
             x = math.sqrt(kept) * x + math.sqrt(1 - kept) * draw_noise()
             solver.reset()
+            predictor.guidance.reset()
         else:
             t = torch.full((x.shape[0],), move.start, device=x.device)
             p = diffusion.denoised(
