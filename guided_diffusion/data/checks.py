@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 from .listing import Item, open_stream
+from .masks import UnknownIds
+from .notes import Notes
 from .specs import DataError, DatasetSpec
 from .transforms import (
     check_sizes,
@@ -29,8 +31,10 @@ class ItemReport:
     modes: tuple[str, ...] = ()  # Pillow's modes of photograph, label map and instance map
     turned: bool = False  # the photograph has an orientation tag
     pixels: list[tuple[int, int]] = field(default_factory=list)
+    stored: dict[int, int] = field(default_factory=dict)  # pixels by stored id, of maps of ids
     instances: int = 0
     largest_instance: int = 0
+    notes: Notes = field(default_factory=Notes)
 
 
 def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
@@ -82,7 +86,11 @@ def _check_photograph(spec: DatasetSpec, item: Item, report: ItemReport) -> None
 
 
 def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
-    label, table = read_label(item.label, spec)
+    try:
+        label, table = read_label(item.label, spec, report.notes)
+    except UnknownIds as error:
+        report.stored = error.counts
+        raise
     if label.mode == "L":
         counts = np.asarray(label.histogram())
     else:
@@ -90,11 +98,12 @@ def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
     stored = np.flatnonzero(counts)
     pixels = np.bincount(table[stored], weights=counts[stored], minlength=spec.num_classes)
     report.pixels = [(int(i), int(pixels[i])) for i in np.flatnonzero(pixels)]
+    report.stored = dict(zip(stored.tolist(), counts[stored].tolist(), strict=True))
 
 
 def _check_instances(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
     if item.instance is not None:
-        ids = np.unique(np.asarray(read_instances(item.instance)))
+        ids = np.unique(np.asarray(read_instances(item.instance, report.notes)))
         report.instances, report.largest_instance = len(ids), int(ids.max())
 
 
@@ -112,6 +121,7 @@ class SplitReport:
     instances: int = 0
     largest_instance: int = 0
     turned: int = 0
+    notes_of_files: Notes = field(default_factory=Notes)
 
 
 def summarize(
@@ -133,6 +143,8 @@ def summarize(
             report.images[class_id] += 1
         report.instances += item.instances
         report.largest_instance = max(report.largest_instance, item.largest_instance)
+        report.notes_of_files.merge(item.notes)
+    report.notes += report.notes_of_files.lines()
     report.turned = sum(r.turned for r in headers)
     if report.turned and spec.exif == "ignore":
         report.notes.append(f"{report.turned} photographs have an EXIF orientation tag, which is ignored")

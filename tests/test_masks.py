@@ -1,0 +1,97 @@
+"""Masks as people have them: read as the ids that they hold, with a note, or refused with the remedy."""
+
+import json
+
+import numpy as np
+import pytest
+from data_helpers import draw, run_script, save, write_custom, write_png
+from PIL import Image
+
+from guided_diffusion.data.notes import Notes
+from guided_diffusion.data.specs import DataError, get_spec
+from guided_diffusion.data.transforms import read_instances, read_label
+from guided_diffusion.image_datasets import open_dataset, sampling_batches, training_batches
+
+SPEC = get_spec("custom", num_classes=4)
+IDS = draw(0, (40, 30), 4)[1]
+
+
+def verify(root, report, *more):
+    return run_script(
+        "scripts/data/verify_data.py", "--data_dir", root, "--dataset_mode", "custom", "--report_dir", report,
+        "--workers", 1, *more,
+    )  # fmt: skip
+
+
+def describe(root, **settings):
+    (root / "dataset.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """One scene, whose files the tests replace."""
+    return write_custom(tmp_path / "data", {"train": 1, "val": 1})
+
+
+def read(root, **options):
+    options = {"dataset_mode": "custom", "split": "val", "image_size": 8, "num_classes": 4, **options}
+    return open_dataset(data_dir=root, **options)[0]
+
+
+# --- stored otherwise -------------------------------------------------------------------------------------------------
+
+
+def as_mode(ids: np.ndarray, mode: str) -> np.ndarray:
+    full = np.full_like(ids, 255)
+    return np.stack({"RGB": [ids] * 3, "RGBA": [ids] * 3 + [full], "LA": [ids, full]}[mode], axis=-1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_equal_channels_are_ids(tmp_path, mode):
+    path, notes = str(save(tmp_path / "a.png", as_mode(IDS, mode))), Notes()
+    image, table = read_label(path, SPEC, notes)
+    assert np.array_equal(table[np.asarray(image)], IDS)
+    assert list(notes) == [f"label maps are stored as {mode}, nowhere transparent: read as ids"] or list(notes) == [
+        f"label maps are stored as {mode} with equal channels: read as ids"
+    ]
+    assert np.array_equal(read_instances(path), IDS)
+    wrong = IDS.copy()
+    wrong[3, 3] = 9
+    with pytest.raises(DataError, match=r"ids that do not fit num_classes 4: 9"):
+        read_label(str(save(tmp_path / "b.png", as_mode(wrong, mode))), SPEC)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_maps_are_refused(tmp_path, mode):
+    pixels = as_mode(IDS, mode)
+    pixels[3, 3, -1] = 0
+    path = str(save(tmp_path / "a.png", pixels))
+    for reading in (lambda: read_label(path, SPEC), lambda: read_instances(path)):
+        with pytest.raises(DataError, match=r"a\.png is partly transparent .*no sure id"):
+            reading()
+
+
+def test_equal_channels_of_16_bits_have_lost_their_ids(tmp_path):
+    row = b"\0" + b"\0\2" * 3 * 40  # Pillow would give the high byte, 0, for the id 2
+    path = write_png(tmp_path / "a.png", (30, 40), 16, 2, row * 30)
+    with pytest.raises(DataError, match=r"a\.png has 3 channels of 16 bits, .*ids are lost; save it with one channel"):
+        read_label(str(path), SPEC)
+
+
+def test_notes_are_told_once(tmp_path):
+    root = write_custom(tmp_path / "data", {"train": 6, "val": 1})
+    for path in sorted((root / "train/labels").iterdir())[1:]:
+        save(path, as_mode(np.asarray(Image.open(path)), "RGB"))
+    options = {"dataset_mode": "custom", "image_size": 8, "num_classes": 4, "data_dir": root}
+    for workers in (0, 2):
+        told, dataset = [], open_dataset(split="train", **options)
+        with training_batches(dataset, batch_size=4, num_workers=workers, log=told.append) as batches:
+            keys = {frozenset(next(batches)) for _ in range(4)}
+        assert keys == {frozenset({"image", "label", "position"})}
+        assert len(told) == 1 and "label maps are stored as RGB with equal channels" in told[0]
+        for _ in range(2):
+            assert len(list(sampling_batches(dataset, range(6), 2, log=told.append))) == 3
+        assert len(told) == 1
+    result = verify(root, tmp_path / "report", "--num_classes", 4)
+    assert result.returncode == 0
+    assert "note: 5 label maps are stored as RGB with equal channels: read as ids (first" in result.stdout
