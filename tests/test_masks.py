@@ -95,3 +95,56 @@ def test_notes_are_told_once(tmp_path):
     result = verify(root, tmp_path / "report", "--num_classes", 4)
     assert result.returncode == 0
     assert "note: 5 label maps are stored as RGB with equal channels: read as ids (first" in result.stdout
+
+
+# --- values that are no ids -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "remap"),
+    [
+        ([0, 255], {"255": 1}),
+        ([0, 128, 255], {"128": 1, "255": 2}),
+        ([0, 127, 255], {"127": 1, "255": 2}),
+        ([0, 85, 170, 255], {"85": 1, "170": 2, "255": 3}),
+        ([1, 2, 3, 4], {"1": 0, "2": 1, "3": 2, "4": 3}),
+        ([0, 50, 100, 150, 200, 250], {"50": 1, "100": 2, "150": 3, "200": 4, "250": 5}),
+    ],
+)
+def test_the_message_proposes_the_remap_that_fits(scene, values, remap):
+    mask = np.array(values, np.uint8)[draw(0, (40, 30), len(values))[1]]
+    mask[0, : len(values)] = values
+    save(scene / "val/labels/scene0.png", mask)
+    with pytest.raises(DataError, match="do not fit") as error:
+        read(scene, num_classes=len(values))
+    line = str(error.value).split("put ")[1].split(" into dataset.json")[0]
+    assert json.loads("{" + line + "}") == {"remap": remap}
+    (scene / "dataset.json").write_text("{" + line + "}")
+    ids = read(scene, num_classes=len(values))["label"].numpy()
+    assert set(np.unique(ids)) <= set(range(len(values)))
+    path, spec = str(scene / "val/labels/scene0.png"), get_spec("custom", scene, len(values))
+    image, table = read_label(path, spec)
+    assert np.array_equal(np.array(values)[table[np.asarray(image)]], mask)
+
+
+def test_what_one_map_does_not_say_all_together_do(tmp_path):
+    """Classes that are never in one map: each names its own ids, verify_data.py those of all."""
+    root = write_custom(tmp_path / "data", {"train": 3, "val": 1})
+    for i, value in enumerate((60, 120, 180)):
+        save(root / f"train/labels/scene{i}.png", np.where(IDS > 1, value, 0).astype(np.uint8))
+    result = verify(root, tmp_path / "report", "--num_classes", 4)
+    assert result.returncode == 1
+    problems = (tmp_path / "report/problems.txt").read_text().splitlines()
+    assert 'hold the ids 0, 60, 120, 180: put "remap": {"60": 1, "120": 2, "180": 3} into' in problems[0]
+
+
+def test_an_id_for_unlabelled_pixels_is_recognised(scene):
+    mask = IDS.copy()
+    mask[:5] = 255
+    save(scene / "val/labels/scene0.png", mask)
+    with pytest.raises(DataError, match=r'"ignore_id": 255 into dataset.json, .* so that --num_classes is 5'):
+        read(scene)
+    mask[0, 0] = 77
+    save(scene / "val/labels/scene0.png", mask)
+    with pytest.raises(DataError, match=r": 77, 255; .*; raise --num_classes, or in dataset.json name"):
+        read(scene)

@@ -9,6 +9,7 @@ from PIL import Image
 from .listing import Item, open_stream
 from .masks import UnknownIds
 from .notes import Notes
+from .proposals import proposal_for_ids
 from .specs import DataError, DatasetSpec
 from .transforms import (
     check_sizes,
@@ -32,6 +33,7 @@ class ItemReport:
     turned: bool = False  # the photograph has an orientation tag
     pixels: list[tuple[int, int]] = field(default_factory=list)
     stored: dict[int, int] = field(default_factory=dict)  # pixels by stored id, of maps of ids
+    unknown_ids: bool = False
     instances: int = 0
     largest_instance: int = 0
     notes: Notes = field(default_factory=Notes)
@@ -89,7 +91,7 @@ def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
     try:
         label, table = read_label(item.label, spec, report.notes)
     except UnknownIds as error:
-        report.stored = error.counts
+        report.stored, report.unknown_ids = error.counts, True
         raise
     if label.mode == "L":
         counts = np.asarray(label.histogram())
@@ -145,6 +147,8 @@ def summarize(
         report.largest_instance = max(report.largest_instance, item.largest_instance)
         report.notes_of_files.merge(item.notes)
     report.notes += report.notes_of_files.lines()
+    if any(item.unknown_ids for item in pixels):
+        report.problems = _ids_of_all(spec, pixels) + report.problems
     report.turned = sum(r.turned for r in headers)
     if report.turned and spec.exif == "ignore":
         report.notes.append(f"{report.turned} photographs have an EXIF orientation tag, which is ignored")
@@ -160,6 +164,17 @@ def summarize(
         shown = ", ".join(absent[:8]) + (f", ... ({len(absent)} in all)" if len(absent) > 8 else "")
         report.notes.append(f"classes in no label map: {shown}")
     return report
+
+
+def _ids_of_all(spec: DatasetSpec, reports: list[ItemReport]) -> list[str]:
+    """What would make all ids of all label maps classes, where one of them alone does not say it."""
+    counts: Counter = Counter()
+    for report in reports:
+        counts.update(report.stored)
+    remedy = proposal_for_ids(counts, spec) if spec.name == "custom" else ""
+    if not remedy:
+        return []
+    return [f"all label maps together hold the ids {spec.describe_ids(np.array(sorted(counts)))}: {remedy}"]
 
 
 def _different_shapes(spec: DatasetSpec, headers: list[ItemReport], image_size: int) -> list[str]:
