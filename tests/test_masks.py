@@ -7,6 +7,7 @@ import pytest
 from data_helpers import draw, run_script, save, write_custom, write_png
 from PIL import Image
 
+from guided_diffusion.data.listing import list_items
 from guided_diffusion.data.notes import Notes
 from guided_diffusion.data.specs import DataError, get_spec
 from guided_diffusion.data.transforms import read_instances, read_label
@@ -115,7 +116,7 @@ def test_the_message_proposes_the_remap_that_fits(scene, values, remap):
     mask = np.array(values, np.uint8)[draw(0, (40, 30), len(values))[1]]
     mask[0, : len(values)] = values
     save(scene / "val/labels/scene0.png", mask)
-    with pytest.raises(DataError, match="do not fit") as error:
+    with pytest.raises(DataError, match=r"do not fit") as error:
         read(scene, num_classes=len(values))
     line = str(error.value).split("put ")[1].split(" into dataset.json")[0]
     assert json.loads("{" + line + "}") == {"remap": remap}
@@ -148,3 +149,70 @@ def test_an_id_for_unlabelled_pixels_is_recognised(scene):
     save(scene / "val/labels/scene0.png", mask)
     with pytest.raises(DataError, match=r": 77, 255; .*; raise --num_classes, or in dataset.json name"):
         read(scene)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def name_files(root, images, labels, instances=()):
+    for kind, names in (("images", images), ("labels", labels), ("instances", instances)):
+        for name in names:
+            save(root / "train" / kind / name, np.zeros((8, 8) if kind != "images" else (8, 8, 3), np.uint8))
+
+
+NUMBERS = [f"{i:03d}" for i in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("image_end", "label_ends"),
+    [
+        ("", ["_mask"]),
+        ("", ["_labelIds"]),
+        ("", ["-seg.final"]),
+        ("_image", [""]),
+        ("_image", ["_mask"]),
+        ("_leftImg", ["_color", "_labelIds"]),
+    ],
+)
+def test_suffixes_are_proposed_and_then_pair_the_files(tmp_path, image_end, label_ends):
+    name_files(
+        tmp_path, [n + image_end + ".jpg" for n in NUMBERS], [n + e + ".png" for n in NUMBERS for e in label_ends]
+    )
+    with pytest.raises(DataError, match=r"12 photographs in .* their names pair with") as error:
+        list_items(SPEC, tmp_path, "train")
+    advice = str(error.value).split(" in dataset.json")[0].split("pair with ")[1]
+    lines = advice.replace("one of the lines ", "").replace("the line ", "").split(" or ")
+    assert len(lines) == len(label_ends)
+    for line, end in zip(lines, label_ends, strict=True):
+        (tmp_path / "dataset.json").write_text("{" + line + "}")
+        items = list_items(get_spec("custom", tmp_path, 4), tmp_path, "train")
+        assert [item.name for item in items] == [n + image_end for n in NUMBERS]
+        assert [item.label.endswith(f"{n}{end}.png") for n, item in zip(NUMBERS, items, strict=True)] == [True] * 12
+
+
+def test_a_suffix_that_does_not_explain_the_names_is_not_proposed(tmp_path):
+    name_files(tmp_path, ["1.jpg", "2.jpg", "11.jpg"], ["1_mask.png", "2_labels.png", "11_x.png"])
+    with pytest.raises(DataError) as error:
+        list_items(SPEC, tmp_path, "train")
+    assert '_suffix": ' not in str(error.value)
+
+
+def test_one_missing_mask_does_not_hide_the_suffix(tmp_path):
+    name_files(tmp_path, ["1.jpg", "2.jpg", "11.jpg"], ["2_mask.png", "11_mask.png"], ["2_mask_n.png", "11_mask_n.png"])
+    with pytest.raises(DataError, match=r'the line "label_suffix": "_mask" in dataset.json'):
+        list_items(SPEC, tmp_path, "train")
+    describe(tmp_path, label_suffix="_mask")
+    with pytest.raises(DataError) as error:
+        list_items(get_spec("custom", tmp_path, 4), tmp_path, "train")
+    assert "1 photograph in" in str(error.value) and "1.jpg" in str(error.value)
+    assert '"instance_suffix": "_mask_n" in dataset.json' in str(error.value)
+    describe(tmp_path, label_suffix="_mask", instance_suffix="_mask_n")
+    (tmp_path / "train/images/1.jpg").unlink()
+    assert all(i.instance for i in list_items(get_spec("custom", tmp_path, 4), tmp_path, "train"))
+
+
+@pytest.mark.parametrize("suffix", ["../x", "a/b", 3])
+def test_a_suffix_is_the_end_of_a_name(tmp_path, suffix):
+    describe(tmp_path, label_suffix=suffix)
+    with pytest.raises(DataError, match=r"dataset.json: label_suffix is"):
+        get_spec("custom", tmp_path, 4)

@@ -2,12 +2,14 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 from .specs import DatasetSpec
 
 _UNLABELLED = (255, 65535)  # ids that stand for "no class" in most files that have them
 _PEAK = 0.02  # a value that so large a share of the pixels has is no accident of an edge
+_TRIED = 20  # names whose ends are compared
 _LEAST_GAP = 8  # between the values of classes that softened edges can be told from
 _GENERIC = 'raise --num_classes, or in dataset.json name an "ignore_id" or a "remap"'
 
@@ -68,6 +70,72 @@ def _softened(counts: Mapping[int, int], classes: int) -> str:
         ' or let the nearest value count, by "label_encoding": "colors", "tolerance":'
         f' {int(gap * 3**0.5 / 2)}, "classes": {json.dumps(entries)} in dataset.json'
     )
+
+
+def suffixes_for(spec: DatasetSpec, first: str, stems: Collection[str], second: str, others: Collection[str]) -> str:
+    """Where files do not pair because the names of one kind, or of both, end in something: the lines of dataset.json
+    that say so, after which all files of one of the two have partners. Empty where there are none.
+
+    first, second: the kinds, as dataset.json calls them (image, label, instance). stems: names without extension, and
+    without the suffixes that are known already.
+    """
+    if spec.name != "custom" or not stems or not others:
+        return ""
+    known = {kind: getattr(spec.layout, f"{kind}_suffix") for kind in (first, second)}
+    lines = [
+        ", ".join(
+            f'"{kind}_suffix": {json.dumps(end + known[kind])}'
+            for kind, end in zip((first, second), ends, strict=True)
+            if end
+        )
+        for ends in sorted(_pairing_ends(set(stems), set(others)))
+    ]
+    if not lines:
+        return ""
+    which = "the line" if len(lines) == 1 else "one of the lines"
+    return f"; their names pair with {which} {' or '.join(lines)} in dataset.json"
+
+
+def _pairing_ends(stems: set[str], others: set[str]) -> set[tuple[str, str]]:
+    """The pairs of ends without which all names of the smaller set, at least, stand in the other one, too."""
+    found, ordered = set(), sorted(stems)
+    for sample in {ordered[0], ordered[len(ordered) // 2], ordered[-1]}:  # one of them may lack its partner
+        for common in (_common, _common_words):
+            shared = {other: len(common(sample, other)) for other in others}
+            longest = max(shared.values())
+            nearest = sorted((other for other in others if longest and shared[other] == longest), key=len)
+            found |= {(sample[longest:], other[longest:]) for other in nearest[:_TRIED]}
+    return _shortest({ends for ends in found if _pair(stems, others, *ends)})
+
+
+def _common(one: str, other: str) -> str:
+    """What two names begin with."""
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
+def _common_words(one: str, other: str) -> str:
+    """The same, up to a mark: 01 of 01_left and 01_label."""
+    return re.sub(r"[_\-. ]+[^_\-. ]*$", "", _common(one, other))
+
+
+def _pair(stems: set[str], others: set[str], end: str, other_end: str) -> bool:
+    if not all(stem.endswith(end) for stem in stems):
+        return False
+    left = {stem[: len(stem) - len(end)] for stem in stems}
+    right = {stem[: len(stem) - len(other_end)] for stem in others if stem.endswith(other_end)}
+    return (
+        bool(left & right)
+        and "" not in left | right
+        and (left <= right or (right <= left and len(right) == len(others)))
+    )
+
+
+def _shortest(found: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those with an end for one kind only, where there are any; else those that begin with a mark, as _image does."""
+    single = {ends for ends in found if "" in ends}
+    marked = {ends for ends in found if all(end[0] in "_-. " for end in ends if end)}
+    return single or marked or found
 
 
 def _share(part: int, total: int) -> str:
