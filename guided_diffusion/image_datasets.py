@@ -97,7 +97,7 @@ class LayoutDataset(Dataset):
         if self.has_instances:
             sample["instance"] = torch.from_numpy(ids)
             if item.instance is not None:
-                instances = read_instances(item.instance, notes)
+                instances = read_instances(item.instance, notes, spec.max_pixels)
                 check_sizes(spec, item.label, label.size, item.instance, instances.size)
                 sample["instance"] = torch.from_numpy(geometry.apply_to_map(instances)[None])
         if notes:

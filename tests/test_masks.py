@@ -1,6 +1,7 @@
 """Masks as people have them: read as the ids that they hold, with a note, or refused with the remedy."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from guided_diffusion.data.listing import list_items
 from guided_diffusion.data.notes import Notes
 from guided_diffusion.data.specs import DataError, get_spec
-from guided_diffusion.data.transforms import read_instances, read_label
+from guided_diffusion.data.transforms import read_image, read_instances, read_label
 from guided_diffusion.image_datasets import open_dataset, sampling_batches, training_batches
 
 SPEC = get_spec("custom", num_classes=4)
@@ -216,3 +217,63 @@ def test_a_suffix_is_the_end_of_a_name(tmp_path, suffix):
     describe(tmp_path, label_suffix=suffix)
     with pytest.raises(DataError, match=r"dataset.json: label_suffix is"):
         get_spec("custom", tmp_path, 4)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def save_pages(path, pictures, **options):
+    first, *others = [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in pictures]
+    first.save(path, save_all=True, append_images=others, **options)
+
+
+@pytest.mark.parametrize("extension", [".tif", ".gif", ".png"])
+@pytest.mark.parametrize("kind", ["images", "labels", "instances"])
+def test_several_pages_are_refused(scene, kind, extension):
+    if kind == "images" and extension == ".gif":
+        pytest.skip("no photograph has that extension")
+    photograph, ids, _ = draw(0, (40, 30), 4)
+    pages = [photograph, photograph[::-1]] if kind == "images" else [ids, ids[::-1]]
+    folder = scene / "val" / kind
+    folder.mkdir(exist_ok=True)
+    (folder / "scene0.png").unlink(missing_ok=True)
+    save_pages(folder / f"scene0{extension}", [*pages, *pages])
+    with pytest.raises(DataError, match=rf"scene0\{extension} holds [34] pages, of which readers take the first; save"):
+        read(scene)
+    Image.fromarray(pages[0]).save(folder / f"scene0{extension}")
+    assert read(scene)["label"].shape == (1, 8, 8)
+
+
+def test_smaller_copies_in_a_tiff_are_no_pages(scene):
+    photograph = draw(0, (40, 30), 4)[0]
+    (scene / "val/images/scene0.png").unlink()
+    small = Image.fromarray(photograph[::2, ::2])
+    small.encoderinfo = {"tiffinfo": {254: 1}}  # NewSubfileType: a reduced copy
+    save_pages(scene / "val/images/scene0.tif", [photograph, small])
+    whole = Image.open(scene / "val/images/scene0.tif")
+    assert whole.n_frames == 2
+    whole.seek(1)
+    assert whole.tag_v2[254] == 1
+    assert np.array_equal(read_image(str(scene / "val/images/scene0.tif"), SPEC), photograph)
+
+
+def test_pictures_beyond_the_limit_of_pixels(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow opens up to twice as many; these have 1200
+    message = (
+        r"photograph .*too large to read safely \(0 megapixels\).*tile_dataset\.py, or raise \"max_pixels\".* 1200$"
+    )
+    with pytest.raises(DataError, match=message):
+        read_image(str(scene / "val/images/scene0.png"), SPEC)
+    result = verify(scene, tmp_path / "report", "--num_classes", 4)
+    assert result.stderr.count("too large to read safely") >= 3 and "attack" not in result.stderr
+    describe(scene, max_pixels=1200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(scene)["image"].shape == (3, 8, 8)
+    assert Image.MAX_IMAGE_PIXELS == 500
+    describe(scene, max_pixels=1199)
+    with pytest.raises(DataError, match=r"label map .* too large"):
+        read(scene)
+    describe(scene, max_pixels=0)
+    with pytest.raises(DataError, match=r"max_pixels is 0"):
+        read(scene)

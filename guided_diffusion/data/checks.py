@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
-from .listing import Item, open_stream
+from .listing import Item
 from .masks import UnknownIds
 from .notes import Notes
+from .picture_files import open_undecoded
 from .proposals import proposal_for_ids
 from .specs import DataError, DatasetSpec
 from .transforms import (
@@ -47,7 +47,7 @@ def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
         if path is None:
             continue
         try:
-            with Image.open(open_stream(path)) as picture:
+            with open_undecoded(path, kind, spec.max_pixels) as picture:
                 header = read_header(picture)
                 orientation = read_orientation(picture) if kind == "photograph" else 1
             sizes[kind] = header.size
@@ -56,6 +56,8 @@ def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
                 report.turned = True
                 if spec.exif == "apply" and 5 <= orientation <= 8:
                     sizes[kind] = header.size[::-1]
+        except DataError as error:
+            report.problems.append(str(error))
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             report.problems.append(f"the {kind} {path} cannot be read ({error})")
     for kind, path, other, other_path, scale in (
@@ -105,7 +107,7 @@ def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
 
 def _check_instances(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
     if item.instance is not None:
-        ids = np.unique(np.asarray(read_instances(item.instance, report.notes)))
+        ids = np.unique(np.asarray(read_instances(item.instance, report.notes, spec.max_pixels)))
         report.instances, report.largest_instance = len(ids), int(ids.max())
 
 

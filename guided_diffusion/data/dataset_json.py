@@ -23,6 +23,7 @@ _JSON_KEYS = {
     "grey": bool,
     "exif": ("refuse", "apply", "ignore"),
     **dict.fromkeys(SUFFIXES, str),
+    "max_pixels": int,
 }
 
 
@@ -51,6 +52,8 @@ def checked(path: str, settings: Any) -> dict:
                 raise DataError(f"{path}: {key} is {value!r}; it must be one of {', '.join(kind)}")
         elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise DataError(f"{path}: {key} is {value!r}; it must be a JSON {_JSON_NAMES[kind]}")
+    if settings.get("max_pixels", 1) < 1:
+        raise DataError(f"{path}: max_pixels is {settings['max_pixels']}; it must be at least 1")
     for key in SUFFIXES:
         if not is_plain("a" + settings.get(key, "")):
             raise DataError(

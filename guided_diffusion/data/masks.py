@@ -21,12 +21,14 @@ class UnknownIds(DataError):
         self.counts = counts or {}
 
 
-def open_map(path: str, kind: str, of_ids: bool = True, notes: Notes | None = None) -> Image.Image:
+def open_map(
+    path: str, kind: str, of_ids: bool = True, notes: Notes | None = None, max_pixels: int | None = None
+) -> Image.Image:
     """A decoded label or instance map: with `of_ids` of mode L, P, 1 or I (and its kin), else as it is stored.
 
     Raises DataError where its format, its ids or its orientation are not to be trusted.
     """
-    image, header, orientation = open_picture(path, kind)
+    image, header, orientation = open_picture(path, kind, max_pixels=max_pixels)
     if (lossy := lossy_format(header)) is not None:
         raise DataError(
             f"the {kind} {path} is stored as {lossy}, which may change ids; save the original as PNG (converting this"
@@ -86,7 +88,7 @@ def read_label(path: str, spec: DatasetSpec, notes: Notes | None = None) -> tupl
     collects what was read otherwise than it is stored. Raises DataError for ids outside the classes, colours without a
     class, and pictures that are no map of ids.
     """
-    image = open_map(path, "label map", spec.label_colors is None, notes)
+    image = open_map(path, "label map", spec.label_colors is None, notes, spec.max_pixels)
     if spec.label_colors is not None:
         image = _ids_from_colors(image, path, spec)
         table = spec.lookup_table(max(256, len(spec.label_colors)))
@@ -143,6 +145,8 @@ def _ids_from_colors(image: Image.Image, path: str, spec: DatasetSpec) -> Image.
     return Image.fromarray(order[place].astype(np.uint8 if len(colors) <= 256 else np.int32))
 
 
-def read_instances(path: str, notes: Notes | None = None) -> Image.Image:
+def read_instances(path: str, notes: Notes | None = None, max_pixels: int | None = None) -> Image.Image:
     """An instance map at its full depth, mode I (int32)."""
-    return Image.fromarray(np.asarray(open_map(path, "instance map", notes=notes)).astype(np.int32))
+    return Image.fromarray(
+        np.asarray(open_map(path, "instance map", notes=notes, max_pixels=max_pixels)).astype(np.int32)
+    )

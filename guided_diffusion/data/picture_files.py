@@ -1,5 +1,9 @@
 """Opening picture files: what their headers say, which formats change ids, and damage as errors that name the file."""
 
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from PIL import Image
@@ -8,6 +12,7 @@ from .listing import open_stream
 from .specs import DataError
 
 _ORIENTATION = 0x0112
+_SUBFILE, _NO_PAGE = 254, 5  # tag NewSubfileType of TIFF, and its bits for a smaller copy (1) and a mask (4)
 TURNS = {  # what an orientation tag asks a viewer to do with the stored pixels
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,14 +79,70 @@ def read_orientation(picture: Image.Image) -> int:
     return picture.getexif().get(_ORIENTATION, 1)
 
 
-def open_picture(path: str, kind: str, turnable: bool = False) -> tuple[Image.Image, Header, int]:
+def open_undecoded(path: str, kind: str, max_pixels: int | None = None) -> Image.Image:
+    """Pillow's picture of a file whose header is read. Raises DataError where it has too many pixels: more than
+    `max_pixels`, by default than Pillow opens (twice its `MAX_IMAGE_PIXELS`); and what Pillow raises for other faults.
+    """
+    try:
+        with _any_size() if max_pixels else nullcontext():
+            image, refused = Image.open(open_stream(path)), False
+    except Image.DecompressionBombError:
+        with _any_size():
+            image, refused = Image.open(open_stream(path)), True
+    pixels = image.width * image.height
+    if refused or pixels > (max_pixels or math.inf):
+        raise DataError(
+            f"the {kind} {path} is too large to read safely ({round(pixels / 1e6)} megapixels): cut it into tiles with"
+            f' scripts/data/tile_dataset.py, or raise "max_pixels" in dataset.json (dataset_mode custom) to {pixels}'
+        )
+    return image
+
+
+_limit = threading.Lock()  # Pillow's limit is a variable that all threads share
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow's own limit is off, for opening alone."""
+    with _limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def count_pages(picture: Image.Image) -> int:
+    """Pictures in one file (pages, frames), without smaller copies and masks of the first as maps in TIFF have them.
+
+    A JPEG of a camera may hold a preview or a depth map behind the photograph (MPO): that counts as one.
+    """
+    if picture.format not in ("TIFF", "GIF", "PNG", "WEBP") or getattr(picture, "n_frames", 1) == 1:
+        return 1
+    pages = picture.n_frames
+    if picture.format == "TIFF":
+        for page in range(1, picture.n_frames):
+            picture.seek(page)
+            pages -= bool(picture.tag_v2.get(_SUBFILE, 0) & _NO_PAGE)
+    picture.seek(0)
+    return pages
+
+
+def open_picture(
+    path: str, kind: str, turnable: bool = False, max_pixels: int | None = None
+) -> tuple[Image.Image, Header, int]:
     """The decoded picture as stored, its header and orientation tag; errors become DataErrors that name the file.
 
     The tag is read from TIFFs, which Pillow turns, and where the caller wants to know it (`turnable`), else given as 1:
     a damaged EXIF block does no harm where it is not used.
     """
     try:
-        image = Image.open(open_stream(path))
+        image = open_undecoded(path, kind, max_pixels)
+        if (pages := count_pages(image)) > 1:
+            raise DataError(
+                f"the {kind} {path} holds {pages} pages, of which readers take the first; save the one that is meant as"
+                " a file of its own"
+            )
         header = read_header(image)
         orientation = read_orientation(image) if turnable or header.format == "TIFF" else 1
         image.load()
@@ -90,6 +151,8 @@ def open_picture(path: str, kind: str, turnable: bool = False) -> tuple[Image.Im
         return image, header, orientation
     except FileNotFoundError as error:
         raise DataError(f"the {kind} {path} does not exist, or not any more") from error
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
         raise DataError(
             f"the {kind} {path} cannot be read ({error}); replace it or remove it with its partners"

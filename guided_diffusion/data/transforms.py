@@ -132,7 +132,7 @@ def read_image(path: str, spec: DatasetSpec) -> Image.Image:
     Grey, palette and CMYK pictures are converted, an opaque alpha channel is dropped. Raises DataError for unreadable
     files, real transparency, more than 8 bits per channel, and an orientation tag that `spec.exif` refuses.
     """
-    image, header, orientation = open_picture(path, "photograph", turnable=spec.exif != "ignore")
+    image, header, orientation = open_picture(path, "photograph", spec.exif != "ignore", spec.max_pixels)
     if spec.exif != "ignore" and orientation != 1:
         if spec.exif == "refuse":
             raise DataError(

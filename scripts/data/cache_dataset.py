@@ -36,13 +36,13 @@ from guided_diffusion.data.listing import (
     is_remote,
     join,
     list_items,
-    open_stream,
     printable,
     read_bytes,
     read_cache_note,
     read_cache_settings,
     some_names,
 )
+from guided_diffusion.data.picture_files import open_undecoded
 from guided_diffusion.data.specs import (
     DATASET_MODES,
     SPLITS,
@@ -56,7 +56,13 @@ from guided_diffusion.data.transforms import cached_image, read_image, read_inst
 from guided_diffusion.hosts.parallel import map_in_processes
 
 SOURCES_FILE = "cache_sources.jsonl"  # beside CACHE_FILE, which the loader reads and which stays short
-_APPEARANCE = ("class_names", "palette", "layout", "preparation")  # of a spec: what no cached file depends on
+_APPEARANCE = (
+    "class_names",
+    "palette",
+    "layout",
+    "preparation",
+    "max_pixels",
+)  # of a spec: what no cached file depends on
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,9 @@ def encode_png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def shrunk_map(path: str, size: tuple[int, int]) -> bytes:
+def shrunk_map(path: str, size: tuple[int, int], max_pixels: int | None) -> bytes:
     """A label or instance map at `size`, with the ids (or colours) of the file unchanged."""
-    picture = Image.open(open_stream(path))
+    picture = open_undecoded(path, "map", max_pixels)
     if picture.mode.startswith("I"):  # nearest-pixel resizing of 16 bits is not in every Pillow
         ids = np.asarray(picture.convert("I").resize(size, Image.Resampling.NEAREST))
         return encode_png(Image.fromarray(ids.astype(np.uint16)))
@@ -166,12 +172,12 @@ def cache_item(job: CacheJob, task: tuple[Item, Record | None]) -> tuple[bool, R
     photograph = read_image(item.image, job.spec)
     read_label(item.label, job.spec)  # a wrong id is found here, not in the middle of a training run
     if item.instance is not None:
-        read_instances(item.instance)
+        read_instances(item.instance, max_pixels=job.spec.max_pixels)
     shrunk = cached_image(photograph, job.image_size, job.spec.crop, job.training, job.scale_jitter)
     maps = [path for path in (item.label, item.instance) if path is not None]
     for path in maps:
         if job.fixed:
-            write(path, shrunk_map(path, shrunk.size), as_png=True)
+            write(path, shrunk_map(path, shrunk.size, job.spec.max_pixels), as_png=True)
         else:  # crops of several sizes need the map as it is; maps are quick to read
             write(path, read_bytes(path))
     if shrunk.size == photograph.size:
