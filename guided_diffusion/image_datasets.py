@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data.listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
 from .data.notes import Notes, tell_new
+from .data.segments import read_segments
 from .data.specs import DataError, DatasetSpec, MissingSplitError, get_spec
 from .data.transforms import (
     Geometry,
@@ -175,9 +176,11 @@ def open_dataset(
     if scale_jitter < 0:
         raise DataError(f"scale_jitter is {scale_jitter}; 0 switches it off, 0.5 enlarges by up to 1.5")
     spec = get_spec(dataset_mode, data_dir, num_classes, dataset_json)
+    if spec.segments_files:
+        read_segments(spec.segments_files)  # now, and once for all workers
     if labels_dir is not None:
         if holds_network_ids(labels_dir):
-            spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None)
+            spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None, segments_files=())
         items = list_label_items(spec, labels_dir, use_instances)
     elif data_dir is None or not os.fspath(data_dir):
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")

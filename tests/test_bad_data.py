@@ -144,7 +144,9 @@ def test_colors_of_no_class(scene):
     label = np.full((30, 40, 3), (1, 2, 3), np.uint8)
     label[4, 5] = (7, 8, 9)
     save(scene / "train/labels/a.png", label)
-    with pytest.raises(DataError, match=r"a\.png has colours that belong to no class: \(7, 8, 9\); add them"):
+    with pytest.raises(
+        DataError, match=r"a\.png has colours that belong to no class, on 0\.083 % of its pixels: \(7, 8, 9\); add them"
+    ):
         read(scene, num_classes=2)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from guided_diffusion.data.listing import list_items
 from guided_diffusion.data.notes import Notes
+from guided_diffusion.data.segments import read_segments
 from guided_diffusion.data.specs import DataError, get_spec
 from guided_diffusion.data.transforms import read_image, read_instances, read_label
 from guided_diffusion.image_datasets import open_dataset, sampling_batches, training_batches
@@ -277,3 +278,117 @@ def test_pictures_beyond_the_limit_of_pixels(scene, tmp_path, monkeypatch):
     describe(scene, max_pixels=0)
     with pytest.raises(DataError, match=r"max_pixels is 0"):
         read(scene)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["labels", "instances"])
+def test_whole_numbers_of_any_type_are_ids(scene, kind):
+    (scene / f"val/{kind}").mkdir(exist_ok=True)
+    (scene / f"val/{kind}/scene0.png").unlink(missing_ok=True)
+    path = scene / f"val/{kind}/scene0.tif"
+    for values in (IDS.astype(np.float32), IDS.astype(np.int32), IDS.astype(np.uint16), IDS.astype(np.float32) - 0.0):
+        Image.fromarray(values).save(path)
+        notes = Notes()
+        image = read_label(str(path), SPEC, notes)[0] if kind == "labels" else read_instances(str(path), notes)
+        assert np.array_equal(image, IDS)
+        assert bool(notes) == (values.dtype == np.float32)
+        assert read(scene)["label"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids * np.float32(0.9999), r"no ids, on .* % of its pixels: .*0\.9999.*within 0\.0003 of whole"),
+        (lambda ids: ids / np.float32(8), r"no ids, on .*: 0\.\d+, .*are they probabilities\? Save the id of the most"),
+        (lambda ids: ids + np.float32(0.5), r": \d\.5, .*; save one id per pixel"),
+        (lambda ids: np.where(ids > 2, np.float32("nan"), ids).astype(np.float32), "pixels: nan; save one id"),
+        (lambda ids: np.where(ids > 2, np.float32(1e20), ids).astype(np.float32), r"pixels: 1e\+20; save one id"),
+        (lambda ids: ids.astype(np.int32) - 1, r"ids that do not fit num_classes 4: -1;"),
+        (lambda ids: ids.astype(np.int32) + 70000, r"ids that do not fit num_classes 4: 70000,"),
+    ],
+)
+def test_numbers_that_are_no_ids_are_named(tmp_path, change, message):
+    path = str(tmp_path / "a.tif")
+    Image.fromarray(change(IDS)).save(path)
+    with pytest.raises(DataError, match=message):
+        read_label(path, SPEC)
+
+
+# --- panoptic maps ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def panoptic(tmp_path):
+    """Label maps of segments with large ids, in the format of COCO's panoptic task, and what they mean."""
+    root, meaning = write_custom(tmp_path / "data", {"train": 2, "val": 1}, size=(40, 30)), {}
+    for kind in ("images", "labels"):  # names of two splits differ, as COCO's do
+        (root / "val" / kind / "scene0.png").rename(root / "val" / kind / "other.png")
+    for split in ("train", "val"):
+        annotations = []
+        for path in sorted((root / split / "labels").iterdir()):
+            ids = np.asarray(Image.open(path)).astype(np.int64)
+            segments = 70_000 * (ids + 1) + 300 * (np.arange(40) // 20)[None]  # two segments of each class
+            segments[:3] = 0  # nothing there
+            save(path, np.stack([segments & 255, segments >> 8 & 255, segments >> 16], -1).astype(np.uint8))
+            known = [{"id": int(s), "category_id": int(s) // 70_000} for s in np.unique(segments) if s]
+            annotations.append({"file_name": path.name, "segments_info": known})
+            meaning[str(path)] = np.where(segments == 0, 4, ids), segments
+        (root / f"panoptic_{split}.json").write_text(json.dumps({"annotations": annotations}))
+    classes = ["a", "b", "c", "d"]
+    files = ["panoptic_train.json", "panoptic_val.json"]
+    remap = {"1": 0, "2": 1, "3": 2, "4": 3}
+    describe(root, classes=classes, label_encoding="panoptic", segments_info=files, remap=remap, ignore_id=0)
+    return root, meaning
+
+
+def test_panoptic_maps_as_labels(panoptic, tmp_path):
+    root, meaning = panoptic
+    spec = get_spec("custom", root)
+    for path in [p for p in meaning if "train" in p]:
+        image, table = read_label(path, spec)
+        assert np.array_equal(table[np.asarray(image)], meaning[path][0])
+    sample = open_dataset(data_dir=root, dataset_mode="custom", split="train", image_size=8)[0]
+    assert sample["label"].shape == (1, 8, 8)
+    cache = ["--data_dir", root, "--dataset_mode", "custom", "--image_size", 8, "--cache_dir", tmp_path / "cache"]
+    assert run_script("scripts/data/cache_dataset.py", *cache, "--workers", 1).returncode == 0
+    again = open_dataset(data_dir=tmp_path / "cache", dataset_mode="custom", split="train", image_size=8)[0]
+    assert (again["label"] == sample["label"]).all() and (again["image"] == sample["image"]).all()
+
+
+def test_panoptic_maps_as_instances(panoptic):
+    _, meaning = panoptic
+    path, (_, segments) = next(iter(meaning.items()))
+    notes = Notes()
+    assert np.array_equal(read_instances(path, notes), segments)
+    assert list(notes) == ["instance maps are stored as RGB: read as R + 256 G + 65536 B"]
+
+
+def test_what_is_wrong_with_panoptic_maps_is_named(panoptic):
+    root, meaning = panoptic
+    path = next(p for p in meaning if "train" in p)
+    good = (root / "panoptic_train.json").read_text()
+    first = json.loads(good)["annotations"][0]["segments_info"][0]
+    number, category = f'"id": {first["id"]},', f'"category_id": {first["category_id"]}'
+
+    def rewrite(old, new):
+        (root / "panoptic_train.json").write_text(good.replace(old, new))
+        read_segments.cache_clear()
+
+    for old, new, message in (
+        ("scene", "scenery", "does not list the label map .*scene0"),
+        ('"category_id"', '"category"', r"panoptic_train\.json .* is not as expected .*category_id"),
+        (number, '"id": 5,', rf"segments that .* does not list: {first['id']}$"),
+        (category, '"category_id": 0', "pixels of no segment, and 0 is a category, too"),
+        (category, '"category_id": 9', "ids that do not fit num_classes 5: 9"),
+    ):
+        rewrite(old, new)
+        with pytest.raises(DataError, match=message):
+            read_label(path, get_spec("custom", root))
+    (root / "panoptic_train.json").unlink()
+    with pytest.raises(DataError, match=r"panoptic_train\.json .*not as expected \(FileNotFoundError"):
+        open_dataset(data_dir=root, dataset_mode="custom", split="train", image_size=8)
+    describe(root, classes=["a"], label_encoding="panoptic")
+    with pytest.raises(DataError, match=r"needs the files that say which class a segment has"):
+        get_spec("custom", root)

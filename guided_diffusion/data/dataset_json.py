@@ -17,7 +17,9 @@ _JSON_KEYS = {
     "ignore_id": int,
     "remap": dict,
     "instances": bool,
-    "label_encoding": ("ids", "colors"),
+    "label_encoding": ("ids", "colors", "panoptic"),
+    "tolerance": int,
+    "segments_info": list,
     "label_scale": bool,
     "crop": ("square", "keep_aspect"),
     "grey": bool,
@@ -54,6 +56,13 @@ def checked(path: str, settings: Any) -> dict:
             raise DataError(f"{path}: {key} is {value!r}; it must be a JSON {_JSON_NAMES[kind]}")
     if settings.get("max_pixels", 1) < 1:
         raise DataError(f"{path}: max_pixels is {settings['max_pixels']}; it must be at least 1")
+    if not 0 <= settings.get("tolerance", 0) <= 441:
+        raise DataError(f"{path}: tolerance is {settings['tolerance']}; colours are 0 to 441 levels apart")
+    if "tolerance" in settings and settings.get("label_encoding") != "colors":
+        raise DataError(f'{path}: tolerance is for label maps of colours: "label_encoding": "colors"')
+    for name in settings.get("segments_info", []):
+        if not isinstance(name, str) or not all(map(is_plain, name.split("/"))):
+            raise DataError(f"{path}: segments_info names {name!r}; it must be a file in the folder of the data set")
     for key in SUFFIXES:
         if not is_plain("a" + settings.get(key, "")):
             raise DataError(

@@ -72,7 +72,7 @@ def pair_files(
     layout = spec.layout
     image_dir, label_dir = (join(root, part.format(split=folder)) for part in (layout.images, layout.labels))
     images = list_files(image_dir, layout.image_suffix, layout.nested, IMAGE_EXTENSIONS)
-    labels = list_files(label_dir, layout.label_suffix, layout.nested, MAP_EXTENSIONS)
+    labels = list_files(label_dir, layout.label_suffix, layout.nested, label_extensions(spec))
     remedy = spec.preparation
     if images.keys() != labels.keys():
         remedy += suffixes_for(spec, "image", images, "label", labels)
@@ -157,9 +157,10 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
     if not _is_dir(folder):
         raise MissingSplitError(f"there is no folder of label maps {folder}")
     nested = spec.layout.nested
-    labels = list_files(folder, suffix, nested, MAP_EXTENSIONS)
+    extensions = label_extensions(spec)
+    labels = list_files(folder, suffix, nested, extensions)
     if not labels:  # label maps drawn by hand have no data set's suffix
-        suffix, labels = "", list_files(folder, "", nested, MAP_EXTENSIONS)
+        suffix, labels = "", list_files(folder, "", nested, extensions)
     if not labels:
         raise DataError(f"{folder} holds no label maps ({', '.join(MAP_EXTENSIONS)})")
     instances: dict[str, str] = {}
@@ -178,6 +179,11 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
                 raise DataError(". ".join(problems))
     ending = spec.layout.image_suffix if suffix else ""
     return [Item(key + ending, None, labels[key], instances.get(key)) for key in sorted(labels)]
+
+
+def label_extensions(spec: DatasetSpec) -> tuple[str, ...]:
+    """Those of label maps: lossless formats, unless the nearest colour counts."""
+    return (*MAP_EXTENSIONS, *_LOSSY) if spec.color_tolerance else MAP_EXTENSIONS
 
 
 def list_files(folder: str, suffix: str, nested: bool, extensions: tuple[str, ...]) -> dict[str, str]:

@@ -3,13 +3,14 @@
 import numpy as np
 from PIL import Image
 
+from .label_colors import ids_from_colors
 from .notes import Notes
-from .picture_files import SCALED, TURNS, Header, lossy_format, open_picture
+from .picture_files import COLORS, SCALED, TURNS, Header, lossy_format, open_picture
 from .proposals import remedy_for_ids
+from .segments import ids_of_segments, packed_ids
 from .specs import DataError, DatasetSpec
 
 _IDS = 65536  # ids of label maps are below
-_ALPHA = {"LA": "L", "RGBA": "RGB", "PA": "P"}  # mode with a last band of transparency -> without it
 _SHOWN = 5  # values named in a message
 
 
@@ -22,19 +23,20 @@ class UnknownIds(DataError):
 
 
 def open_map(
-    path: str, kind: str, of_ids: bool = True, notes: Notes | None = None, max_pixels: int | None = None
+    path: str, kind: str, content: str = "ids", notes: Notes | None = None, max_pixels: int | None = None
 ) -> Image.Image:
-    """A decoded label or instance map: with `of_ids` of mode L, P, 1 or I (and its kin), else as it is stored.
+    """A decoded label or instance map: of `content` "ids", in mode L, P, 1 or I (and its kin); of others (see
+    `DatasetSpec.label_content`), as it is stored.
 
     Raises DataError where its format, its ids or its orientation are not to be trusted.
     """
     image, header, orientation = open_picture(path, kind, max_pixels=max_pixels)
-    if (lossy := lossy_format(header)) is not None:
+    if content != "nearby colors" and (lossy := lossy_format(header)) is not None:
         raise DataError(
             f"the {kind} {path} is stored as {lossy}, which may change ids; save the original as PNG (converting this"
             " file does not bring them back)"
         )
-    if of_ids and header.mode == "L" and header.raw_mode.startswith(SCALED):
+    if content in ("ids", "segments") and header.mode == "L" and header.raw_mode.startswith(SCALED):
         raise DataError(
             f"the {kind} {path} is grey with {header.raw_mode[2]} bits per pixel, which readers scale to brightness, so"
             " that its ids are lost; save it with 8 bits, or as a palette PNG"
@@ -44,33 +46,33 @@ def open_map(
             f"the {kind} {path} has an orientation tag ({orientation}), so that its pixels are ambiguous; save"
             " it without the tag, as PNG"
         )
-    if of_ids and image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+    if content == "ids" and image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
         image = _other_modes(image, header, path, kind, notes if notes is not None else Notes())
+    elif content == "segments":
+        _check_channels(image, header, path, kind)
     return image
 
 
 def _other_modes(image: Image.Image, header: Header, path: str, kind: str, notes: Notes) -> Image.Image:
-    """The ids of a map that is stored as colours with equal channels, or with transparency that is nowhere used."""
+    """The ids of a map that is stored as colours with equal channels, with transparency that is nowhere used, as
+    floating-point numbers, or (an instance map) as segments' ids in three channels."""
     what = f"{kind}s are stored as {image.mode}"
-    if ";16" in header.raw_mode:
-        raise DataError(
-            f"the {kind} {path} has {len(image.getbands())} channels of 16 bits, of which readers keep the high byte,"
-            " so that its ids are lost; save it with one channel"
-        )
-    if image.mode in _ALPHA:
-        if image.getextrema()[-1][0] < 255:
-            raise DataError(
-                f"the {kind} {path} is partly transparent (mode {image.mode}), and a transparent pixel has no sure id;"
-                " save it without transparency, and give such pixels an id of their own"
-            )
-        if image.mode != "RGBA":
-            notes.add(f"{what}, nowhere transparent: read as ids", path)
-            return image.getchannel(0)
-    if image.mode in ("RGB", "RGBA", "RGBX"):
+    if image.mode == "F":
+        ids = _whole_numbers(np.asarray(image), path, kind)
+        notes.add(f"{kind}s are stored as floating-point numbers: whole numbers are read as ids", path)
+        return ids
+    _check_channels(image, header, path, kind)
+    if image.mode in ("LA", "PA"):
+        notes.add(f"{what}, nowhere transparent: read as ids", path)
+        return image.getchannel(0)
+    if image.mode in COLORS:
         red, green, blue = image.split()[:3]
         if red.tobytes() == green.tobytes() == blue.tobytes():
             notes.add(f"{what} with equal channels: read as ids", path)
             return red
+        if kind == "instance map":
+            notes.add(f"{what}: read as R + 256 G + 65536 B", path)
+            return Image.fromarray(packed_ids(image, path))
     raise DataError(
         f"the {kind} {path} is a picture of mode {image.mode}, not of one id per pixel; store ids (mode L or P)"
         + (
@@ -81,6 +83,41 @@ def _other_modes(image: Image.Image, header: Header, path: str, kind: str, notes
     )
 
 
+def _check_channels(image: Image.Image, header: Header, path: str, kind: str) -> None:
+    """Raises DataError where the channels of a map are not what the file holds, or where some pixels have no id."""
+    if ";16" in header.raw_mode and len(image.getbands()) > 1:
+        raise DataError(
+            f"the {kind} {path} has {len(image.getbands())} channels of 16 bits, of which readers keep the high byte,"
+            " so that its ids are lost; save it with one channel"
+        )
+    if image.mode in ("LA", "PA", "RGBA") and image.getextrema()[-1][0] < 255:
+        raise DataError(
+            f"the {kind} {path} is partly transparent (mode {image.mode}), and a transparent pixel has no sure id;"
+            " save it without transparency, and give such pixels an id of their own"
+        )
+
+
+def _whole_numbers(values: np.ndarray, path: str, kind: str) -> Image.Image:
+    """Mode I. Raises DataError where a value is no whole number of 32 bits with a sign."""
+    whole = (np.rint(values) == values) & (np.abs(values) < 2**31)
+    if not whole.all():
+        odd, counts = np.unique(values[~whole], return_counts=True)
+        shown = ", ".join(f"{value:.6g}" for value in odd[np.argsort(-counts, kind="stable")][:_SHOWN])
+        off = np.abs(odd - np.rint(odd)).max()
+        if 0 < off < 0.01:
+            remedy = f"they are within {off:.1g} of whole numbers: round the mask, and save it with 8 or 16 bits"
+        elif odd.min() >= 0 and odd.max() < 1:
+            remedy = "are they probabilities? Save the id of the most probable class, with 8 or 16 bits"
+        else:
+            remedy = "save one id per pixel, with 8 or 16 bits"
+        raise DataError(
+            f"the {kind} {path} holds numbers that are no ids, on {100 * (~whole).mean():.2g} % of its pixels: {shown}"
+            + (f", ... ({len(odd)} in all)" if len(odd) > _SHOWN else "")
+            + f"; {remedy}"
+        )
+    return Image.fromarray(values.astype(np.int32))
+
+
 def read_label(path: str, spec: DatasetSpec, notes: Notes | None = None) -> tuple[Image.Image, np.ndarray | None]:
     """A label map with ids that are known to fit, and the table (int32) that turns them into the network's ids.
 
@@ -88,9 +125,11 @@ def read_label(path: str, spec: DatasetSpec, notes: Notes | None = None) -> tupl
     collects what was read otherwise than it is stored. Raises DataError for ids outside the classes, colours without a
     class, and pictures that are no map of ids.
     """
-    image = open_map(path, "label map", spec.label_colors is None, notes, spec.max_pixels)
+    image = open_map(path, "label map", spec.label_content, notes, spec.max_pixels)
+    if spec.segments_files:
+        image = ids_of_segments(image, path, spec.segments_files)
     if spec.label_colors is not None:
-        image = _ids_from_colors(image, path, spec)
+        image = ids_from_colors(image, path, spec.label_colors, spec.color_tolerance, notes)
         table = spec.lookup_table(max(256, len(spec.label_colors)))
         present = np.unique(np.asarray(image))
     elif image.mode in ("L", "P", "1"):
@@ -125,24 +164,6 @@ def _refuse_ids(path: str, spec: DatasetSpec, image: Image.Image, ids: np.ndarra
         f" {known}; {remedy_for_ids(counts, spec)}",
         counts,
     )
-
-
-def _ids_from_colors(image: Image.Image, path: str, spec: DatasetSpec) -> Image.Image:
-    """The ids of an RGB map in the classes' colours."""
-    pixels = np.asarray(image.convert("RGB")).astype(np.int32)
-    packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # [H, W]
-    colors = spec.label_colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
-    order = np.argsort(colors)
-    place = np.searchsorted(colors[order], packed).clip(max=len(colors) - 1)
-    wrong = colors[order][place] != packed
-    if wrong.any():
-        unknown = np.unique(packed[wrong])
-        shown = ", ".join(str((int(c) >> 16, int(c) >> 8 & 255, int(c) & 255)) for c in unknown[:_SHOWN])
-        more = f", ... ({len(unknown)} in all; was it saved with smoothing?)" if len(unknown) > _SHOWN else ""
-        raise DataError(
-            f"the label map {path} has colours that belong to no class: {shown}{more}; add them to dataset.json"
-        )
-    return Image.fromarray(order[place].astype(np.uint8 if len(colors) <= 256 else np.int32))
 
 
 def read_instances(path: str, notes: Notes | None = None, max_pixels: int | None = None) -> Image.Image:

@@ -38,6 +38,7 @@ _LOSSLESS_TIFF = (
     "tiff_deflate",
     "tiff_ccitt",
 )  # fmt: skip  (beginnings of a compression's name)
+COLORS = ("RGB", "RGBA", "RGBX")  # modes with three channels of colour at the front
 SCALED = ("L;2", "L;4")  # raw modes of grey that Pillow spreads over 0 to 255
 
 

@@ -101,11 +101,20 @@ class DatasetSpec:
     instances: str = "none"
     crop: str = "square"
     label_colors: np.ndarray | None = None
+    color_tolerance: int = 0  # how far a pixel's colour may be from its class's
+    segments_files: tuple[str, ...] = ()  # JSON files of the segments, where label maps are panoptic maps
     label_scale: bool = False  # labels may be smaller or larger than their photograph, of the same aspect
     grey: bool = False
     exif: str = "ignore"
     max_pixels: int | None = None  # of a picture file; None: as many as Pillow opens
     preparation: str = ""  # the end of a message about files that are missing: what makes them
+
+    @property
+    def label_content(self) -> str:
+        """What label maps hold: "ids", "colors" (of classes), "nearby colors" or "segments" (of panoptic maps)."""
+        if self.label_colors is not None:
+            return "nearby colors" if self.color_tolerance else "colors"
+        return "segments" if self.segments_files else "ids"
 
     def lookup_table(self, size: int) -> np.ndarray:
         """int32 [size]: the network's id for each id in a file, -1 where that id is not allowed."""
@@ -319,12 +328,24 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
         instances={None: "optional", True: "files", False: "none"}[settings.get("instances")],
         crop=settings.get("crop", "square"),
         label_colors=palette if encoding == "colors" else None,
+        color_tolerance=settings.get("tolerance", 0),
+        segments_files=_segments_files(path, settings, data_dir) if encoding == "panoptic" else (),
         label_scale=settings.get("label_scale", False),
         grey=settings.get("grey", False),
         exif=settings.get("exif", "refuse"),
         max_pixels=settings.get("max_pixels"),
     )
     return with_num_classes(spec, num_classes)
+
+
+def _segments_files(path: str, settings: dict, data_dir: str | os.PathLike | None) -> tuple[str, ...]:
+    """Where `segments_info` lies; nowhere without a data set: label maps alone hold ids of categories then."""
+    if not settings.get("segments_info"):
+        raise DataError(
+            f'{path}: label_encoding panoptic needs the files that say which class a segment has: "segments_info":'
+            ' ["panoptic_train.json", "panoptic_val.json"]'
+        )
+    return tuple(blobfile.join(os.fspath(data_dir), name) for name in settings["segments_info"]) if data_dir else ()
 
 
 def _fill_palette(count: int, colors: Mapping[int, tuple[int, int, int]]) -> np.ndarray:

@@ -51,6 +51,7 @@ from guided_diffusion.data.specs import (
     MissingSplitError,
     check_address,
     get_spec,
+    read_dataset_json,
 )
 from guided_diffusion.data.transforms import cached_image, read_image, read_instances, read_label, whole_picture
 from guided_diffusion.hosts.parallel import map_in_processes
@@ -62,6 +63,7 @@ _APPEARANCE = (
     "layout",
     "preparation",
     "max_pixels",
+    "segments_files",
 )  # of a spec: what no cached file depends on
 
 
@@ -110,9 +112,18 @@ def encode_png(picture: Image.Image) -> bytes:
 def shrunk_map(path: str, size: tuple[int, int], max_pixels: int | None) -> bytes:
     """A label or instance map at `size`, with the ids (or colours) of the file unchanged."""
     picture = open_undecoded(path, "map", max_pixels)
+    if picture.mode == "F":  # whole numbers, as the loader has found
+        picture = Image.fromarray(np.asarray(picture).astype(np.int32))
     if picture.mode.startswith("I"):  # nearest-pixel resizing of 16 bits is not in every Pillow
         ids = np.asarray(picture.convert("I").resize(size, Image.Resampling.NEAREST))
-        return encode_png(Image.fromarray(ids.astype(np.uint16)))
+        if ids.min() >= 0 and ids.max() < 1 << 16:
+            return encode_png(Image.fromarray(ids.astype(np.uint16)))
+        bytes_of_ids = [
+            ids & 255,
+            ids >> 8 & 255,
+            ids >> 16 & 255,
+        ]  # read as panoptic maps are: instances beyond 16 bits
+        return encode_png(Image.fromarray(np.stack(bytes_of_ids, axis=-1).astype(np.uint8)))
     return encode_png(picture.resize(size, Image.Resampling.NEAREST))
 
 
@@ -406,6 +417,8 @@ def copy_description(dataset_mode: str, data_dir: str, cache_dir: str) -> None:
     source, copy = join(data_dir, "dataset.json"), os.path.join(cache_dir, "dataset.json")
     if dataset_mode == "custom" and blobfile.exists(source):
         write_bytes(copy, read_bytes(source))
+        for name in read_dataset_json(data_dir).get("segments_info", []):
+            write_bytes(os.path.join(cache_dir, name), read_bytes(join(data_dir, name)))
     elif os.path.exists(copy):
         os.remove(copy)
 
