@@ -387,8 +387,86 @@ def test_what_is_wrong_with_panoptic_maps_is_named(panoptic):
         with pytest.raises(DataError, match=message):
             read_label(path, get_spec("custom", root))
     (root / "panoptic_train.json").unlink()
+    read_segments.cache_clear()
     with pytest.raises(DataError, match=r"panoptic_train\.json .*not as expected \(FileNotFoundError"):
         open_dataset(data_dir=root, dataset_mode="custom", split="train", image_size=8)
     describe(root, classes=["a"], label_encoding="panoptic")
     with pytest.raises(DataError, match=r"needs the files that say which class a segment has"):
         get_spec("custom", root)
+
+
+# --- softened edges ---------------------------------------------------------------------------------------------------
+
+COLORS = np.array([[0, 0, 0], [230, 25, 75], [0, 130, 200], [210, 245, 60]], np.uint8)
+NAMED = [{"name": "abcd"[i], "color": color} for i, color in enumerate(COLORS.tolist())]
+
+
+def test_softened_colors_are_refused_and_the_tolerance_reads_them(scene, tmp_path):
+    """Against a plain search for the nearest colour."""
+    noise = np.random.default_rng(0).integers(-9, 10, (30, 40, 3))
+    softened = np.clip(COLORS[IDS].astype(int) + noise, 0, 255).astype(np.uint8)
+    softened[10:] = COLORS[IDS][10:]
+    save(scene / "val/labels/scene0.png", softened)
+    describe(scene, classes=NAMED, label_encoding="colors")
+    share = 100 * (softened != COLORS[IDS]).any(-1).mean()
+    message = (
+        rf'no class, on {share:.2g} % of its pixels: .* in all; was it saved with smoothing.*"tolerance": 1[0-6] there'
+    )
+    with pytest.raises(DataError, match=message) as error:
+        read(scene)
+    needed = int(str(error.value).split('"tolerance": ')[1].split()[0])
+    distance = np.sqrt(((softened[..., None, :].astype(float) - COLORS) ** 2).sum(-1))
+    assert needed == np.ceil(distance.min(-1).max())
+    describe(scene, classes=NAMED, label_encoding="colors", tolerance=needed - 1)
+    with pytest.raises(DataError, match=r"no class, on 0"):
+        read(scene)
+    describe(scene, classes=NAMED, label_encoding="colors", tolerance=needed)
+    notes, path = Notes(), str(scene / "val/labels/scene0.png")
+    ids = np.asarray(read_label(path, get_spec("custom", scene), notes)[0])
+    assert np.array_equal(ids, IDS) and np.array_equal(ids, distance.argmin(-1))
+    moved = (softened != COLORS[IDS]).any(-1).sum()
+    result = verify(scene, tmp_path / "report")
+    assert f"note: {moved} pixels of label maps took the nearest class's colour (tolerance {needed})" in result.stdout
+
+
+def test_masks_stored_as_jpeg_are_read_with_a_tolerance_alone(scene):
+    (scene / "val/labels/scene0.png").unlink()
+    Image.fromarray(COLORS[IDS]).save(scene / "val/labels/scene0.jpg", quality=95, subsampling=0)
+    describe(scene, classes=NAMED, label_encoding="colors")
+    with pytest.raises(DataError, match=r"lossy format"):
+        read(scene)
+    describe(scene, classes=NAMED, label_encoding="colors", tolerance=100)
+    spec = get_spec("custom", scene)
+    ids = read_label(list_items(spec, scene, "val")[0].label, spec)[0]
+    assert (np.asarray(ids) == IDS).mean() > 0.99
+
+
+def test_softened_edges_of_a_mask_of_two_values(scene):
+    """0 and 255 with a blurred edge: the share of other values is named, and what is proposed reads them."""
+    mask = Image.fromarray(np.where(IDS > 1, 255, 0).astype(np.uint8)).resize((160, 120))
+    save(scene / "val/labels/scene0.png", np.asarray(mask))
+    save(scene / "val/images/scene0.png", np.zeros((120, 160, 3), np.uint8))
+    odd = (~np.isin(np.asarray(mask), (0, 255))).mean()
+    with pytest.raises(
+        DataError, match=rf"{100 * odd:.2g} % of the pixels have one of \d+ other values than 0, 255"
+    ) as error:
+        read(scene, num_classes=2)
+    assert "raise --num_classes" not in str(error.value)
+    lines = str(error.value).split(" by ")[1].removesuffix(" in dataset.json")
+    (scene / "dataset.json").write_text("{" + lines + "}")
+    ids = read_label(str(scene / "val/labels/scene0.png"), get_spec("custom", scene))[0]
+    assert np.array_equal(np.asarray(ids), (np.asarray(mask) > 127).astype(int))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tolerance": 500, "label_encoding": "colors"}, "0 to 441"),
+        ({"tolerance": 5}, "tolerance is for label maps of colours"),
+        ({"segments_info": ["../a.json"]}, "must be a file in the folder"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path, settings, message):
+    describe(tmp_path, classes=NAMED, **settings)
+    with pytest.raises(DataError, match=message):
+        get_spec("custom", tmp_path)
