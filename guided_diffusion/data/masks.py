@@ -118,6 +118,17 @@ def _whole_numbers(values: np.ndarray, path: str, kind: str) -> Image.Image:
     return Image.fromarray(values.astype(np.int32))
 
 
+def storable_map(image: Image.Image) -> Image.Image:
+    """A map in a mode that PNG stores: numbers of 32 bits with 16 bits where they fit, else as a panoptic map (which
+    instance maps may be)."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    ids = np.asarray(image).astype(np.int32)
+    if ids.min() >= 0 and ids.max() < _IDS:
+        return Image.fromarray(ids.astype(np.uint16))
+    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=-1).astype(np.uint8))
+
+
 def read_label(path: str, spec: DatasetSpec, notes: Notes | None = None) -> tuple[Image.Image, np.ndarray | None]:
     """A label map with ids that are known to fit, and the table (int32) that turns them into the network's ids.
 

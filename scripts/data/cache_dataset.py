@@ -42,6 +42,7 @@ from guided_diffusion.data.listing import (
     read_cache_settings,
     some_names,
 )
+from guided_diffusion.data.masks import storable_map
 from guided_diffusion.data.picture_files import open_undecoded
 from guided_diffusion.data.specs import (
     DATASET_MODES,
@@ -112,18 +113,9 @@ def encode_png(picture: Image.Image) -> bytes:
 def shrunk_map(path: str, size: tuple[int, int], max_pixels: int | None) -> bytes:
     """A label or instance map at `size`, with the ids (or colours) of the file unchanged."""
     picture = open_undecoded(path, "map", max_pixels)
-    if picture.mode == "F":  # whole numbers, as the loader has found
-        picture = Image.fromarray(np.asarray(picture).astype(np.int32))
-    if picture.mode.startswith("I"):  # nearest-pixel resizing of 16 bits is not in every Pillow
-        ids = np.asarray(picture.convert("I").resize(size, Image.Resampling.NEAREST))
-        if ids.min() >= 0 and ids.max() < 1 << 16:
-            return encode_png(Image.fromarray(ids.astype(np.uint16)))
-        bytes_of_ids = [
-            ids & 255,
-            ids >> 8 & 255,
-            ids >> 16 & 255,
-        ]  # read as panoptic maps are: instances beyond 16 bits
-        return encode_png(Image.fromarray(np.stack(bytes_of_ids, axis=-1).astype(np.uint8)))
+    if picture.mode == "F" or picture.mode.startswith("I"):  # nearest-pixel resizing of 16 bits is not in every Pillow
+        numbers = Image.fromarray(np.asarray(picture).astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+        return encode_png(storable_map(numbers))
     return encode_png(picture.resize(size, Image.Resampling.NEAREST))
 
 
