@@ -37,7 +37,7 @@ def large(tmp_path):
 
 
 def test_tiles_cover_the_picture_and_carry_its_pixels(large, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # the script is for pictures that Pillow would not open
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # the script is for pictures that Pillow would not open
     cut(large, tmp_path / "tiles", "--tile", 40, "--overlap", 10)
     monkeypatch.undo()
     data = open_dataset(

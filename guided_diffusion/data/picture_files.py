@@ -99,12 +99,12 @@ def open_undecoded(path: str, kind: str, max_pixels: int | None = None) -> Image
     return image
 
 
-_limit = threading.Lock()  # Pillow's limit is a variable that all threads share
+_limit = threading.RLock()  # Pillow's limit is a variable that all threads share
 
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Pillow's own limit is off, for opening alone."""
+    """Pillow's own limit is off, for reading one file."""
     with _limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -146,7 +146,8 @@ def open_picture(
             )
         header = read_header(image)
         orientation = read_orientation(image) if turnable or header.format == "TIFF" else 1
-        image.load()
+        with _any_size() if max_pixels else nullcontext():  # of a TIFF it asks again
+            image.load()
         if header.format == "TIFF" and orientation in _BACK and read_orientation(image) == 1:
             image = image.transpose(_BACK[orientation])  # Pillow turned it
         return image, header, orientation
