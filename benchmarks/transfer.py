@@ -270,9 +270,8 @@ def main() -> None:
     model = pretrained(args)
     if args.only_pretrain:
         return
-    order = [(data, start) for start in STARTS[:2] for data in ("colour", "grey")]
-    order += [("colour", start) for start in STARTS[2:]]
-    rows = [record(args, data, start, seed) for seed in SEEDS for data, start in order]
+    order = [("colour", STARTS[:2]), ("colour", STARTS[2:]), ("grey", STARTS[:2])]
+    rows = [record(args, data, start, seed) for data, starts in order for seed in SEEDS for start in starts]
     rows.sort(key=lambda row: (row["data"], [start.name for start in STARTS].index(row["start"]), row["seed"]))
     photographs = {}
     for data in ("colour", "grey"):

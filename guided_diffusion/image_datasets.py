@@ -9,7 +9,7 @@ position alone.
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .data.listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
+from .data.notes import Notes, tell_new
+from .data.segments import read_segments
 from .data.specs import DataError, DatasetSpec, MissingSplitError, get_spec
 from .data.transforms import (
     Geometry,
@@ -47,9 +49,9 @@ class LayoutDataset(Dataset):
     """Samples of one split; `open_dataset` makes one.
 
     `dataset[i]` or `dataset[i, position]` is a dict of `image` uint8 [3, H, W] (where there are photographs), `label`
-    uint8 [1, H, W] (int16 beyond 256 classes), `instance` int32 [1, H, W] (where `has_instances`) and `name`. In
-    training the crop and flip follow from the seed and the position (i where none is given). Raises DataError for a
-    file that does not fit.
+    uint8 [1, H, W] (int16 beyond 256 classes), `instance` int32 [1, H, W] (where `has_instances`), `name` and, where
+    files are read otherwise than they are stored, `notes`. In training the crop and flip follow from the seed and the
+    position (i where none is given). Raises DataError for a file that does not fit.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class LayoutDataset(Dataset):
         self.num_classes = spec.num_classes
         self.has_images = self.items[0].image is not None
         self.has_instances = use_instances and (spec.instances == "labels" or self.items[0].instance is not None)
+        self.notes = Notes()  # those of the samples that batches were made of
         self.shape = self._first_shape()
 
     def __len__(self) -> int:
@@ -80,8 +83,8 @@ class LayoutDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         index, position = key if isinstance(key, tuple) else (key, key)
-        item, spec = self.items[index], self.spec
-        label, table = read_label(item.label, spec)
+        item, spec, notes = self.items[index], self.spec, Notes()
+        label, table = read_label(item.label, spec, notes)
         image = None if item.image is None else read_image(item.image, spec)
         size = label.size if image is None else image.size
         if image is not None:
@@ -95,9 +98,11 @@ class LayoutDataset(Dataset):
         if self.has_instances:
             sample["instance"] = torch.from_numpy(ids)
             if item.instance is not None:
-                instances = read_instances(item.instance)
+                instances = read_instances(item.instance, notes, spec.max_pixels)
                 check_sizes(spec, item.label, label.size, item.instance, instances.size)
                 sample["instance"] = torch.from_numpy(geometry.apply_to_map(instances)[None])
+        if notes:
+            sample["notes"] = notes
         shape = tuple(sample["label"].shape[1:])
         if shape != self.shape:
             raise DataError(
@@ -171,9 +176,11 @@ def open_dataset(
     if scale_jitter < 0:
         raise DataError(f"scale_jitter is {scale_jitter}; 0 switches it off, 0.5 enlarges by up to 1.5")
     spec = get_spec(dataset_mode, data_dir, num_classes, dataset_json)
+    if spec.segments_files:
+        read_segments(spec.segments_files)  # now, and once for all workers
     if labels_dir is not None:
         if holds_network_ids(labels_dir):
-            spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None)
+            spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None, segments_files=())
         items = list_label_items(spec, labels_dir, use_instances)
     elif data_dir is None or not os.fspath(data_dir):
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")
@@ -247,6 +254,9 @@ def _collate(samples: list[dict]) -> dict:
     batch["name"] = [s["name"] for s in samples]
     batch["position"] = torch.tensor([s["position"] for s in samples], dtype=torch.int64)
     batch["bad"] = {name: message for s in samples for name, message in s["bad"].items()}
+    batch["notes"] = Notes()
+    for sample in samples:
+        batch["notes"].merge(sample.get("notes", {}))
     return batch
 
 
@@ -328,9 +338,9 @@ class TrainingBatches:
     `skipped` maps the names of the bad items passed over so far by this rank to what was wrong with them.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, notes: Notes, log: Callable[[str], None] | None = None):
         self.skipped: dict[str, str] = {}
-        self._batches = iter(loader)
+        self._batches, self._notes, self._log = iter(loader), notes, log
 
     def __iter__(self) -> "TrainingBatches":
         return self
@@ -344,6 +354,7 @@ class TrainingBatches:
             self.close()
             raise DataError(batch["error"])
         self.skipped.update(batch.pop("bad"))
+        tell_new(self._notes, batch.pop("notes"), self._log)
         del batch["name"]
         return batch
 
@@ -367,6 +378,7 @@ def training_batches(
     num_workers: int = 2,
     pin_memory: bool = False,
     class_balance: bool | np.ndarray = False,
+    log: Callable[[str], None] | None = None,
 ) -> TrainingBatches:
     """Endless training batches of one rank.
 
@@ -374,6 +386,7 @@ def training_batches(
     belongs to epoch p // len(dataset) and is an item of that epoch's permutation. To resume, give as `start` the
     positions already seen by all ranks together. class_balance: True draws images with rare classes more often
     (`balance_weights`, which reads all label maps first); an array gives each item's weight, float [len(dataset)].
+    log: is told once of each kind of file that is read otherwise than it is stored.
     """
     if batch_size < 1 or not 0 <= rank < world_size or start < 0:
         raise DataError(f"batch_size {batch_size}, rank {rank} of {world_size}, start {start}: out of range")
@@ -383,19 +396,25 @@ def training_batches(
     elif class_balance:
         weights = balance_weights(dataset, num_workers=num_workers)
     positions = _Positions(len(dataset), dataset.seed, batch_size, rank, world_size, start, weights)
-    return TrainingBatches(_loader(dataset, positions, num_workers, pin_memory, dataset.skip_bad))
+    return TrainingBatches(_loader(dataset, positions, num_workers, pin_memory, dataset.skip_bad), dataset.notes, log)
 
 
 def sampling_batches(
-    dataset: LayoutDataset, indices: Sequence[int], batch_size: int, num_workers: int = 0
+    dataset: LayoutDataset,
+    indices: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+    log: Callable[[str], None] | None = None,
 ) -> Iterator[dict]:
-    """The items `indices`, once each, in that order: `name` (list), `label`, and `image`, `instance` where present."""
+    """The items `indices`, once each, in that order: `name` (list), `label`, and `image`, `instance` where present;
+    `log` as in `training_batches`."""
     batches = [
         [(int(i), int(i)) for i in indices[first : first + batch_size]] for first in range(0, len(indices), batch_size)
     ]
     for batch in _loader(dataset, batches, num_workers, False, False):
         if "error" in batch:
             raise DataError(batch["error"])
+        tell_new(dataset.notes, batch.pop("notes"), log)
         del batch["bad"], batch["position"]
         yield batch
 

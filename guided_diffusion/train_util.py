@@ -239,6 +239,7 @@ class TrainLoop:
             num_workers=self.num_workers,
             pin_memory=self.world.device.type == "cuda",
             class_balance=weights,
+            log=self.logger.log,
         )
 
     def train_step(self, batch: dict[str, torch.Tensor]) -> None:

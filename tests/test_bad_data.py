@@ -133,7 +133,7 @@ def test_benchmarks_ignore_exif_because_their_labels_match_the_stored_pixels(tmp
 
 
 def test_colored_label_without_a_table(scene):
-    save(scene / "train/labels/a.png", np.zeros((30, 40, 3), np.uint8))
+    save(scene / "train/labels/a.png", draw(0, (40, 30), 4)[0])
     with pytest.raises(DataError, match=r"label map .*a\.png is a picture of mode RGB.*\"label_encoding\": \"colors\""):
         read(scene)
 
@@ -144,7 +144,9 @@ def test_colors_of_no_class(scene):
     label = np.full((30, 40, 3), (1, 2, 3), np.uint8)
     label[4, 5] = (7, 8, 9)
     save(scene / "train/labels/a.png", label)
-    with pytest.raises(DataError, match=r"a\.png has colours that belong to no class: \(7, 8, 9\); add them"):
+    with pytest.raises(
+        DataError, match=r"a\.png has colours that belong to no class, on 0\.083 % of its pixels: \(7, 8, 9\); add them"
+    ):
         read(scene, num_classes=2)
 
 
@@ -193,8 +195,9 @@ def test_different_sizes_of_photograph_label_and_instances(scene):
 
 
 def test_instances_that_are_no_ids(scene):
-    save(scene / "train/instances/a.png", np.zeros((30, 40, 3), np.uint8))
-    with pytest.raises(DataError, match=r"instance map .*a\.png is a picture of mode RGB; store one id per pixel"):
+    (scene / "train/instances").mkdir()
+    Image.fromarray(draw(0, (40, 30), 4)[0]).convert("CMYK").save(scene / "train/instances/a.tif")
+    with pytest.raises(DataError, match=r"instance map .*a\.tif is a picture of mode CMYK, not of one id per pixel"):
         read(scene)
 
 

@@ -200,6 +200,7 @@ def test_an_unfinished_line_of_the_record_costs_one_item(tmp_path):
 
 def test_a_wrong_instance_map_is_found_when_the_cache_is_made(tmp_path):
     root = write_custom(tmp_path / "data", {"train": 1}, size=(100, 80), instances=True)
-    save(root / "train/instances/scene0.png", np.zeros((80, 100, 3), np.uint8))
+    (root / "train/instances/scene0.png").unlink()
+    Image.new("CMYK", (100, 80)).save(root / "train/instances/scene0.tif")
     result = run(root, "custom", tmp_path / "cache", 16, "--num_classes", 4)
     assert result.returncode == 1 and "instance map" in result.stderr

@@ -48,6 +48,35 @@ def test_what_is_wrong_is_said(text, message):
         parse_json(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ('{\n  "grey": true,  // as X-ray is\n  "crop": "square"\n}', 2, "no comments"),
+        ('{\n  "grey": true, # as X-ray is\n  "crop": "square"\n}', 2, "no comments"),
+        ('// ours\n{"grey": true}', 1, "no comments"),
+        ('{"grey": true}\n/* the end */', 2, "no comments"),
+        ('{"grey": /* ? */ true}', 1, "no comments"),
+        ('{\n  "classes": ["a", "b",\n]}', 2, "no comma may stand after the last entry"),
+        ('{\n\n  "grey": true,\n}\n', 3, "no comma may stand after the last entry"),
+        ("{\n'grey': true}", 2, "double quotes"),
+        ('{\n"grey": True}', 2, "writes true, false and null"),
+        ('{"classes": [\n  "a"\n  "b"]}', 3, "Expecting ',' delimiter"),
+    ],
+)
+def test_the_mistakes_people_make_are_named_with_their_line(tmp_path, text, line, reason):
+    for mark in ("", "\ufeff"):
+        (tmp_path / "dataset.json").write_text(mark + text.replace("\n", "\r\n"), encoding="utf-8")
+        with pytest.raises(DataError, match=rf"dataset\.json is not valid JSON: line {line}: .*{reason}"):
+            get_spec("custom", tmp_path, 2)
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16"):  # as Windows' editors and PowerShell write
+        (tmp_path / "dataset.json").write_text('{"classes": ["häuser", "wald"]}', encoding=encoding)
+        assert get_spec("custom", tmp_path).class_names == ("häuser", "wald")
+    assert parse_json("\ufeff[1]") == [1]
+
+
 @pytest.mark.parametrize("deep", DEEP.values(), ids=DEEP)
 def test_files_that_nest_beyond_reason_are_named(tmp_path, deep):
     for name in ("dataset.json", "cache.json", "config.json", "checkpoint000001.json"):

@@ -78,7 +78,8 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     save(labels / "scene3.png", np.zeros((30, 44), np.uint8))
     (labels / "scene4.png").unlink()
     save(labels / "alone.png", np.zeros((30, 40), np.uint8))
-    save(instances / "scene5.png", np.zeros((30, 40, 3), np.uint8))
+    (instances / "scene5.png").unlink()
+    Image.new("CMYK", (40, 30)).save(instances / "scene5.tif")
     result = verify(root, tmp_path / "report", "--num_classes", 4)
     assert result.returncode == 1
     problems = (tmp_path / "report/problems.txt").read_text().splitlines()
@@ -91,7 +92,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
         "scene1.png cannot be read",
         "scene2.png has ids that do not fit num_classes 4: 9",
         "scene3.png is 40 x 30 but",
-        "scene5.png is a picture of mode RGB",
+        "scene5.tif is a picture of mode CMYK",
     ]
     for text in expected:
         assert sum(text in problem for problem in problems) == 1, text
@@ -101,7 +102,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
 
 def test_it_agrees_with_the_loader(tmp_path):
     """What verification passes, the loader reads; each kind of fault that the loader names, verification finds."""
-    for kind, pixels in (("images", np.zeros((30, 40), np.uint16)), ("labels", np.zeros((30, 40, 3), np.uint8))):
+    for kind, pixels in (("images", np.zeros((30, 40), np.uint16)), ("labels", draw(0, (40, 30), 4)[0])):
         root = write_custom(tmp_path / kind, {"train": 1, "val": 1})
         save(root / "train" / kind / "scene0.png", pixels)
         with pytest.raises(ValueError) as error:

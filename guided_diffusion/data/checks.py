@@ -4,9 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
-from .listing import Item, open_stream
+from .listing import Item
+from .masks import UnknownIds
+from .notes import Notes
+from .picture_files import open_undecoded
+from .proposals import proposal_for_ids
 from .specs import DataError, DatasetSpec
 from .transforms import (
     check_sizes,
@@ -29,8 +32,11 @@ class ItemReport:
     modes: tuple[str, ...] = ()  # Pillow's modes of photograph, label map and instance map
     turned: bool = False  # the photograph has an orientation tag
     pixels: list[tuple[int, int]] = field(default_factory=list)
+    stored: dict[int, int] = field(default_factory=dict)  # pixels by stored id, of maps of ids
+    unknown_ids: bool = False
     instances: int = 0
     largest_instance: int = 0
+    notes: Notes = field(default_factory=Notes)
 
 
 def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
@@ -41,7 +47,7 @@ def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
         if path is None:
             continue
         try:
-            with Image.open(open_stream(path)) as picture:
+            with open_undecoded(path, kind, spec.max_pixels) as picture:
                 header = read_header(picture)
                 orientation = read_orientation(picture) if kind == "photograph" else 1
             sizes[kind] = header.size
@@ -50,6 +56,8 @@ def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
                 report.turned = True
                 if spec.exif == "apply" and 5 <= orientation <= 8:
                     sizes[kind] = header.size[::-1]
+        except DataError as error:
+            report.problems.append(str(error))
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
             report.problems.append(f"the {kind} {path} cannot be read ({error})")
     for kind, path, other, other_path, scale in (
@@ -82,7 +90,11 @@ def _check_photograph(spec: DatasetSpec, item: Item, report: ItemReport) -> None
 
 
 def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
-    label, table = read_label(item.label, spec)
+    try:
+        label, table = read_label(item.label, spec, report.notes)
+    except UnknownIds as error:
+        report.stored, report.unknown_ids = error.counts, True
+        raise
     if label.mode == "L":
         counts = np.asarray(label.histogram())
     else:
@@ -90,11 +102,12 @@ def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
     stored = np.flatnonzero(counts)
     pixels = np.bincount(table[stored], weights=counts[stored], minlength=spec.num_classes)
     report.pixels = [(int(i), int(pixels[i])) for i in np.flatnonzero(pixels)]
+    report.stored = dict(zip(stored.tolist(), counts[stored].tolist(), strict=True))
 
 
 def _check_instances(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
     if item.instance is not None:
-        ids = np.unique(np.asarray(read_instances(item.instance)))
+        ids = np.unique(np.asarray(read_instances(item.instance, report.notes, spec.max_pixels)))
         report.instances, report.largest_instance = len(ids), int(ids.max())
 
 
@@ -112,6 +125,7 @@ class SplitReport:
     instances: int = 0
     largest_instance: int = 0
     turned: int = 0
+    notes_of_files: Notes = field(default_factory=Notes)
 
 
 def summarize(
@@ -133,6 +147,10 @@ def summarize(
             report.images[class_id] += 1
         report.instances += item.instances
         report.largest_instance = max(report.largest_instance, item.largest_instance)
+        report.notes_of_files.merge(item.notes)
+    report.notes += report.notes_of_files.lines()
+    if any(item.unknown_ids for item in pixels):
+        report.problems = _ids_of_all(spec, pixels) + report.problems
     report.turned = sum(r.turned for r in headers)
     if report.turned and spec.exif == "ignore":
         report.notes.append(f"{report.turned} photographs have an EXIF orientation tag, which is ignored")
@@ -148,6 +166,17 @@ def summarize(
         shown = ", ".join(absent[:8]) + (f", ... ({len(absent)} in all)" if len(absent) > 8 else "")
         report.notes.append(f"classes in no label map: {shown}")
     return report
+
+
+def _ids_of_all(spec: DatasetSpec, reports: list[ItemReport]) -> list[str]:
+    """What would make all ids of all label maps classes, where one of them alone does not say it."""
+    counts: Counter = Counter()
+    for report in reports:
+        counts.update(report.stored)
+    remedy = proposal_for_ids(counts, spec) if spec.name == "custom" else ""
+    if not remedy:
+        return []
+    return [f"all label maps together hold the ids {spec.describe_ids(np.array(sorted(counts)))}: {remedy}"]
 
 
 def _different_shapes(spec: DatasetSpec, headers: list[ItemReport], image_size: int) -> list[str]:

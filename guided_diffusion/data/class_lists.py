@@ -69,6 +69,7 @@ def changed_meaning(before: DatasetSpec, now: DatasetSpec) -> list[str]:
     each difference, [] where there is none. An id or colour without a meaning in one of them (an error where it
     occurs) is no difference; neither is a new name for a class, but a name that has moved to another one is."""
     differences = []
+    # Of panoptic maps the categories' ids count, as the ids of other maps do.
     encodings = ["ids" if spec.label_colors is None else "colors" for spec in (before, now)]
     if encodings[0] != encodings[1]:
         differences.append(f"label_encoding: {encodings[0]} then, {encodings[1]} now")

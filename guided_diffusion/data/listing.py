@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import blobfile
 
 from .json_text import parse_json
+from .proposals import suffixes_for
 from .specs import SPLITS, DataError, DatasetSpec, MissingSplitError, check_address
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -71,8 +72,11 @@ def pair_files(
     layout = spec.layout
     image_dir, label_dir = (join(root, part.format(split=folder)) for part in (layout.images, layout.labels))
     images = list_files(image_dir, layout.image_suffix, layout.nested, IMAGE_EXTENSIONS)
-    labels = list_files(label_dir, layout.label_suffix, layout.nested, MAP_EXTENSIONS)
-    problems = _unpaired("photograph", image_dir, images, "label map", label_dir, labels, spec.preparation)
+    labels = list_files(label_dir, layout.label_suffix, layout.nested, label_extensions(spec))
+    remedy = spec.preparation
+    if images.keys() != labels.keys():
+        remedy += suffixes_for(spec, "image", images, "label", labels)
+    problems = _unpaired("photograph", image_dir, images, "label map", label_dir, labels, remedy)
     if not images:
         raise DataError(
             f"{image_dir} holds no photographs ({', '.join(IMAGE_EXTENSIONS)}"
@@ -85,7 +89,10 @@ def pair_files(
         if _is_dir(instance_dir):
             instances = list_files(instance_dir, layout.instance_suffix, layout.nested, MAP_EXTENSIONS)
         if instances or spec.instances == "files":
-            remedy = f"{spec.preparation}; to train without instance maps, use --no_instance True"
+            remedy = (
+                "" if instances.keys() == labels.keys() else suffixes_for(spec, "label", labels, "instance", instances)
+            )
+            remedy += f"{spec.preparation}; to train without instance maps, use --no_instance True"
             problems += _unpaired("label map", label_dir, labels, "instance map", instance_dir, instances, remedy)
             complete &= instances.keys()
     items = [Item(key + layout.image_suffix, images[key], labels[key], instances.get(key)) for key in sorted(complete)]
@@ -150,9 +157,10 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
     if not _is_dir(folder):
         raise MissingSplitError(f"there is no folder of label maps {folder}")
     nested = spec.layout.nested
-    labels = list_files(folder, suffix, nested, MAP_EXTENSIONS)
+    extensions = label_extensions(spec)
+    labels = list_files(folder, suffix, nested, extensions)
     if not labels:  # label maps drawn by hand have no data set's suffix
-        suffix, labels = "", list_files(folder, "", nested, MAP_EXTENSIONS)
+        suffix, labels = "", list_files(folder, "", nested, extensions)
     if not labels:
         raise DataError(f"{folder} holds no label maps ({', '.join(MAP_EXTENSIONS)})")
     instances: dict[str, str] = {}
@@ -171,6 +179,11 @@ def list_label_items(spec: DatasetSpec, labels_dir: str | os.PathLike, use_insta
                 raise DataError(". ".join(problems))
     ending = spec.layout.image_suffix if suffix else ""
     return [Item(key + ending, None, labels[key], instances.get(key)) for key in sorted(labels)]
+
+
+def label_extensions(spec: DatasetSpec) -> tuple[str, ...]:
+    """Those of label maps: lossless formats, unless the nearest colour counts."""
+    return (*MAP_EXTENSIONS, *_LOSSY) if spec.color_tolerance else MAP_EXTENSIONS
 
 
 def list_files(folder: str, suffix: str, nested: bool, extensions: tuple[str, ...]) -> dict[str, str]:

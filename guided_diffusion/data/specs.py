@@ -7,30 +7,47 @@ here, so that the loader, the pictures and the checks hold no special case for a
 import csv
 import os
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import blobfile
 import numpy as np
 
-from .json_text import parse_json
+from .dataset_json import (
+    SUFFIXES,
+    UNLABELLED,
+    check_names,
+    checked,
+    ignored_class,
+    json_classes,
+    json_remap,
+    read_dataset_json,
+    read_json,
+)
+from .errors import DataError, MissingSplitError
+
+__all__ = [
+    "DATASET_MODES",
+    "SPLITS",
+    "DataError",
+    "DatasetSpec",
+    "FolderLayout",
+    "MissingSplitError",
+    "check_address",
+    "distinct_colors",
+    "get_spec",
+    "json_classes",
+    "read_classes",
+    "read_dataset_json",
+    "with_num_classes",
+]
 
 DATASET_MODES = ("ade20k", "cityscapes", "celeba", "coco", "custom")
 SPLITS = ("train", "val", "test")
 _MAX_CLASSES = 32767  # what 16 bits with a sign hold
 _PALETTES = Path(__file__).parent / "palettes"
 _EVALUATION = {"val": ("val", "validation", "test"), "test": ("test", "val", "validation")}
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what was found and the remedy."""
-
-
-class MissingSplitError(FileNotFoundError):
-    """A split (training, validation, test) that the data folder does not have."""
 
 
 def check_address(path: str | os.PathLike) -> None:
@@ -84,10 +101,20 @@ class DatasetSpec:
     instances: str = "none"
     crop: str = "square"
     label_colors: np.ndarray | None = None
+    color_tolerance: int = 0  # how far a pixel's colour may be from its class's
+    segments_files: tuple[str, ...] = ()  # JSON files of the segments, where label maps are panoptic maps
     label_scale: bool = False  # labels may be smaller or larger than their photograph, of the same aspect
     grey: bool = False
     exif: str = "ignore"
+    max_pixels: int | None = None  # of a picture file; None: as many as Pillow opens
     preparation: str = ""  # the end of a message about files that are missing: what makes them
+
+    @property
+    def label_content(self) -> str:
+        """What label maps hold: "ids", "colors" (of classes), "nearby colors" or "segments" (of panoptic maps)."""
+        if self.label_colors is not None:
+            return "nearby colors" if self.color_tolerance else "colors"
+        return "segments" if self.segments_files else "ids"
 
     def lookup_table(self, size: int) -> np.ndarray:
         """int32 [size]: the network's id for each id in a file, -1 where that id is not allowed."""
@@ -241,111 +268,17 @@ def with_num_classes(spec: DatasetSpec, num_classes: int | None) -> DatasetSpec:
     return replace(spec, num_classes=num_classes, class_names=names, palette=palette)
 
 
-_JSON_KEYS = {
-    "classes": list,
-    "ignore_id": int,
-    "remap": dict,
-    "instances": bool,
-    "label_encoding": ("ids", "colors"),
-    "label_scale": bool,
-    "crop": ("square", "keep_aspect"),
-    "grey": bool,
-    "exif": ("refuse", "apply", "ignore"),
-}
-
-
-def _read_json(path: str) -> dict:
-    """The checked content of `dataset.json`; {} where there is none."""
-    if not blobfile.exists(path):
-        return {}
-    with blobfile.BlobFile(path, "rb") as file:
-        try:
-            settings = parse_json(file.read())
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON: {error}") from error
-    return _checked(path, settings)
-
-
-def _checked(path: str, settings: Any) -> dict:
-    """The content of `dataset.json` with its keys and types checked."""
-    if not isinstance(settings, dict):
-        raise DataError(f'{path} must hold one JSON object, such as {{"classes": ["sky", "road"]}}')
-    for key, value in settings.items():
-        if key not in _JSON_KEYS:
-            raise DataError(f"{path}: the key {key!r} is unknown; known keys are {', '.join(_JSON_KEYS)}")
-        kind = _JSON_KEYS[key]
-        if isinstance(kind, tuple):
-            if value not in kind:
-                raise DataError(f"{path}: {key} is {value!r}; it must be one of {', '.join(kind)}")
-        elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise DataError(f"{path}: {key} is {value!r}; it must be a JSON {_JSON_NAMES[kind]}")
-    return settings
-
-
-_UNLABELLED = "unlabelled"  # the class that ignore_id adds
-_JSON_NAMES = {list: "array", int: "whole number", dict: "object", bool: "true or false"}
-
-
-def json_classes(path: str, entries: list) -> tuple[list[str], dict[int, tuple[int, int, int]]]:
-    """Names by id and colours by id from a `classes` array: plain names, or objects with name and color.
-
-    Raises DataError, naming `path`, for an entry that is neither.
-    """
-    names, colors = [], {}
-    for i, entry in enumerate(entries):
-        if isinstance(entry, str):
-            names.append(entry)
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or set(entry) - {"name", "color"}:
-            raise DataError(f'{path}: class {i} is {entry!r}; it must be a name or {{"name": ..., "color": [r, g, b]}}')
-        names.append(entry["name"])
-        if "color" in entry:
-            color = entry["color"]
-            whole = isinstance(color, list) and len(color) == 3 and all(type(c) is int for c in color)
-            if not whole or not all(0 <= c <= 255 for c in color):
-                raise DataError(
-                    f"{path}: the color of class {i} is {color!r}; it must be three whole numbers, 0 to 255"
-                )
-            colors[i] = tuple(color)
-    return names, colors
-
-
-def _check_names(path: str, names: list[str], settings: dict) -> None:
-    """Raises DataError where a name is not one line of text, or two classes have one: pictures, scores and messages
-    would mix them up."""
-    first: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if not name.strip() or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
-            raise DataError(f"{path}: the name of class {i} is {name!r}; it must be one line of text")
-        if name in first:
-            raise DataError(
-                f"{path}: the classes {first[name]} and {i} are both named {name!r}; rename one, or merge them by remap"
-            )
-        first[name] = i
-    if "ignore_id" in settings and _UNLABELLED in first:
-        stored = settings["ignore_id"]
-        raise DataError(
-            f"{path}: ignore_id adds a class {_UNLABELLED!r}, and class {first[_UNLABELLED]} has that name; rename it, "
-            f'or give, in place of ignore_id, "remap": {{"{stored}": {first[_UNLABELLED]}}}'
-        )
-
-
-def read_dataset_json(data_dir: str | os.PathLike) -> dict:
-    """What `dataset.json` of a custom data set says; {} where there is none. Raises DataError where it is wrong."""
-    return _read_json(blobfile.join(os.fspath(data_dir), "dataset.json"))
-
-
 def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorded: dict | None = None) -> DatasetSpec:
     path = blobfile.join(os.fspath(data_dir), "dataset.json") if data_dir is not None else "dataset.json"
     if recorded is None:
-        settings = _read_json(path) if data_dir is not None else {}
+        settings = read_json(path) if data_dir is not None else {}
     else:
         path = "dataset_json in config.json"
-        settings = _checked(path, recorded)
+        settings = checked(path, recorded)
     names, colors = json_classes(path, settings.get("classes", []))
     if recorded is None:  # older trainings did take a name twice, and sampling from them goes on
-        _check_names(path, names, settings)
-    remap, ignore_class = _json_remap(path, settings), None
+        check_names(path, names, settings)
+    remap, ignore_class = json_remap(path, settings), None
     if "ignore_id" in settings:  # unlabelled pixels become a class of their own, after the named ones
         if not names:
             raise DataError(f"{path}: ignore_id needs classes, because it becomes the class after the last of them")
@@ -357,10 +290,10 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
         if stored in remap:
             raise DataError(f"{path}: remap and ignore_id both name the id {stored}; remove it from one of them")
         if recorded is None and stored < len(names) and stored not in remap.values():
-            raise DataError(_ignored_class(path, stored, names, remap))
+            raise DataError(ignored_class(path, stored, names, remap))
         ignore_class = len(names)
         remap[stored] = ignore_class
-        names.append(_UNLABELLED)
+        names.append(UNLABELLED)
         colors[ignore_class] = (0, 0, 0)
     if not names and num_classes is None:
         raise DataError(f"dataset_mode custom needs num_classes, or classes in {path}")
@@ -384,44 +317,35 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
         num_classes=count,
         class_names=tuple(names),
         palette=palette,
-        layout=FolderLayout("{split}/images", "{split}/labels", "{split}/instances"),
+        layout=FolderLayout(
+            "{split}/images",
+            "{split}/labels",
+            "{split}/instances",
+            **{key: settings[key] for key in SUFFIXES if key in settings},
+        ),
         remap=remap,
         ignore_class=ignore_class,
         instances={None: "optional", True: "files", False: "none"}[settings.get("instances")],
         crop=settings.get("crop", "square"),
         label_colors=palette if encoding == "colors" else None,
+        color_tolerance=settings.get("tolerance", 0),
+        segments_files=_segments_files(path, settings, data_dir) if encoding == "panoptic" else (),
         label_scale=settings.get("label_scale", False),
         grey=settings.get("grey", False),
         exif=settings.get("exif", "refuse"),
+        max_pixels=settings.get("max_pixels"),
     )
     return with_num_classes(spec, num_classes)
 
 
-def _ignored_class(path: str, stored: int, names: list[str], remap: dict[int, int]) -> str:
-    """What is wrong where `ignore_id` is the id of a named class too, with what was probably meant."""
-    said = f"{path}: ignore_id {stored} is also the id of class {stored} ({names[stored]!r}), which no pixel would have"
-    if remap:
-        return f"{said}; name in remap the id that has become {stored} in the files, or leave ignore_id out"
-    moved = [f'"{i + 1}": {i}' for i in range(stored, len(names))]
-    meant = ", ".join(moved if len(moved) <= 40 else [*moved[:3], "...", moved[-1]])
-    return (
-        f'{said}; if the files count the other classes around it, say so: "remap": {{{meant}}}; if class {stored} is'
-        " itself the one of unlabelled pixels, leave ignore_id out"
-    )
-
-
-def _json_remap(path: str, settings: dict) -> dict[int, int]:
-    remap: dict[int, int] = {}
-    for key, network in settings.get("remap", {}).items():
-        if not re.fullmatch(r"[0-9]{1,9}", key) or type(network) is not int or network < 0:
-            raise DataError(f'{path}: remap holds {key!r}: {network!r}; it maps ids to ids, such as {{"255": 3}}')
-        stored = int(key)
-        if stored > 65535:
-            raise DataError(f"{path}: remap names the id {stored}; ids in label maps go from 0 to 65535")
-        if stored in remap:
-            raise DataError(f"{path}: remap names the id {stored} twice, the second time as {key!r}; keep one of them")
-        remap[stored] = network
-    return remap
+def _segments_files(path: str, settings: dict, data_dir: str | os.PathLike | None) -> tuple[str, ...]:
+    """Where `segments_info` lies; nowhere without a data set: label maps alone hold ids of categories then."""
+    if not settings.get("segments_info"):
+        raise DataError(
+            f'{path}: label_encoding panoptic needs the files that say which class a segment has: "segments_info":'
+            ' ["panoptic_train.json", "panoptic_val.json"]'
+        )
+    return tuple(blobfile.join(os.fspath(data_dir), name) for name in settings["segments_info"]) if data_dir else ()
 
 
 def _fill_palette(count: int, colors: Mapping[int, tuple[int, int, int]]) -> np.ndarray:

@@ -10,37 +10,28 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from .listing import open_stream
+from .masks import open_map, read_instances, read_label
+from .picture_files import TURNS, Header, lossy_format, open_picture, read_header, read_orientation
 from .specs import DataError, DatasetSpec
 
+__all__ = [
+    "Geometry",
+    "Header",
+    "cached_image",
+    "check_sizes",
+    "lossy_format",
+    "open_map",
+    "read_header",
+    "read_image",
+    "read_instances",
+    "read_label",
+    "read_orientation",
+    "sampling_geometry",
+    "training_geometry",
+    "whole_picture",
+]
+
 _MIN_CROP = 0.8  # the smallest part of the short side that a random crop keeps, as in guided-diffusion
-_ORIENTATION = 0x0112
-_TURNS = {  # what an orientation tag asks a viewer to do with the stored pixels
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_BACK = {**_TURNS, 6: _TURNS[8], 8: _TURNS[6]}  # all others are their own inverse
-# What gives a map's ids back as they were stored, by the decoder's word: a file's name may say anything.
-_LOSSLESS = ("PNG", "BMP", "DIB", "GIF", "TIFF", "PPM", "TGA", "PCX", "SGI")
-_LOSSLESS_TIFF = (
-    "raw",
-    "packbits",
-    "group3",
-    "group4",
-    "lzma",
-    "zstd",
-    "tiff_raw",
-    "tiff_lzw",
-    "tiff_adobe_deflate",
-    "tiff_deflate",
-    "tiff_ccitt",
-)  # fmt: skip  (beginnings of a compression's name)
-_SCALED = ("L;2", "L;4")  # raw modes of grey that Pillow spreads over 0 to 255
 
 
 @dataclass(frozen=True)
@@ -135,95 +126,13 @@ def cached_image(image: Image.Image, image_size: int, crop: str, training: bool,
     return image
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of its pixels: (width, height) as stored, Pillow's mode, and the raw mode (`L;4`, `RGB;16B`; the
-    mode again where the format has none); of a TIFF also the compression."""
-
-    format: str
-    size: tuple[int, int]
-    mode: str
-    raw_mode: str
-    compression: str = ""
-
-
-def lossy_format(header: Header) -> str | None:
-    """The name of the format where it may change ids; None where it gives them back as they were stored."""
-    if header.format not in _LOSSLESS:
-        return header.format or "an unknown format"
-    if header.format == "TIFF" and not header.compression.startswith(_LOSSLESS_TIFF):
-        return f"TIFF with compression {header.compression or 'unknown'}"
-    return None
-
-
-def read_header(picture: Image.Image) -> Header:
-    """Of a picture that was opened and not decoded: decoding forgets the raw mode."""
-    size, raw_mode = picture.size, picture.mode
-    if picture.format in ("PNG", "TIFF") and picture.tile:
-        arguments = picture.tile[0][3]
-        raw_mode = arguments if isinstance(arguments, str) else arguments[0]
-    if picture.format == "TIFF":  # newer versions of Pillow give the turned size
-        size = picture.tag_v2[256], picture.tag_v2[257]
-    compression = str(picture.info.get("compression", "")) if picture.format == "TIFF" else ""
-    return Header(picture.format, size, picture.mode, raw_mode, compression)
-
-
-def read_orientation(picture: Image.Image) -> int:
-    """The orientation tag, 1 where there is none. Decoding a TIFF turns it and removes the tag; this decodes a PNG."""
-    return picture.getexif().get(_ORIENTATION, 1)
-
-
-def _open(path: str, kind: str, turnable: bool = False) -> tuple[Image.Image, Header, int]:
-    """The decoded picture as stored, its header and orientation tag; errors become DataErrors that name the file.
-
-    The tag is read from TIFFs, which Pillow turns, and where the caller wants to know it (`turnable`), else given as 1:
-    a damaged EXIF block does no harm where it is not used.
-    """
-    try:
-        image = Image.open(open_stream(path))
-        header = read_header(image)
-        orientation = read_orientation(image) if turnable or header.format == "TIFF" else 1
-        image.load()
-        if header.format == "TIFF" and orientation in _BACK and read_orientation(image) == 1:
-            image = image.transpose(_BACK[orientation])  # Pillow turned it
-        return image, header, orientation
-    except FileNotFoundError as error:
-        raise DataError(f"the {kind} {path} does not exist, or not any more") from error
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error and more
-        raise DataError(
-            f"the {kind} {path} cannot be read ({error}); replace it or remove it with its partners"
-        ) from error
-
-
-def open_map(path: str, kind: str, of_ids: bool = True) -> Image.Image:
-    """A decoded label or instance map; DataError where its format, its ids (`of_ids`) or its orientation are not to
-    be trusted."""
-    image, header, orientation = _open(path, kind)
-    if (lossy := lossy_format(header)) is not None:
-        raise DataError(
-            f"the {kind} {path} is stored as {lossy}, which may change ids; save the original as PNG (converting this"
-            " file does not bring them back)"
-        )
-    if of_ids and header.mode == "L" and header.raw_mode.startswith(_SCALED):
-        raise DataError(
-            f"the {kind} {path} is grey with {header.raw_mode[2]} bits per pixel, which readers scale to brightness, so"
-            " that its ids are lost; save it with 8 bits, or as a palette PNG"
-        )
-    if orientation in _TURNS:
-        raise DataError(
-            f"the {kind} {path} has an orientation tag ({orientation}), so that its pixels are ambiguous; save"
-            " it without the tag, as PNG"
-        )
-    return image
-
-
 def read_image(path: str, spec: DatasetSpec) -> Image.Image:
     """A photograph as RGB.
 
     Grey, palette and CMYK pictures are converted, an opaque alpha channel is dropped. Raises DataError for unreadable
     files, real transparency, more than 8 bits per channel, and an orientation tag that `spec.exif` refuses.
     """
-    image, header, orientation = _open(path, "photograph", turnable=spec.exif != "ignore")
+    image, header, orientation = open_picture(path, "photograph", spec.exif != "ignore", spec.max_pixels)
     if spec.exif != "ignore" and orientation != 1:
         if spec.exif == "refuse":
             raise DataError(
@@ -231,8 +140,8 @@ def read_image(path: str, spec: DatasetSpec) -> Image.Image:
                 ' be turned with it; set "exif" in dataset.json to "apply" (labels match the turned picture) or to'
                 ' "ignore" (labels match the stored pixels)'
             )
-        if orientation in _TURNS:
-            image = image.transpose(_TURNS[orientation])
+        if orientation in TURNS:
+            image = image.transpose(TURNS[orientation])
     if header.mode.startswith(("I", "F")) or ";16" in header.raw_mode:  # of 16-bit RGB, Pillow keeps the high byte
         raise DataError(
             f"the photograph {path} has more than 8 bits per channel (mode {header.raw_mode}); convert it to 8 bits"
@@ -247,39 +156,6 @@ def read_image(path: str, spec: DatasetSpec) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_label(path: str, spec: DatasetSpec) -> tuple[Image.Image, np.ndarray | None]:
-    """A label map with ids that are known to fit, and the table (int32) that turns them into the network's ids.
-
-    The ids are checked on the whole map, so that a wrong one is found even where shrinking would lose it.
-    Raises DataError for ids outside the classes, colours without a class, and pictures that are no map of ids.
-    """
-    image = open_map(path, "label map", of_ids=spec.label_colors is None)
-    if spec.label_colors is not None:
-        image = _ids_from_colors(image, path, spec)
-        table = spec.lookup_table(max(256, len(spec.label_colors)))
-        present = np.unique(np.asarray(image))
-    elif image.mode in ("L", "P", "1"):
-        if image.mode != "L":
-            image = Image.fromarray(np.asarray(image).astype(np.uint8))
-        present = np.flatnonzero(image.histogram())
-        table = spec.lookup_table(256)
-    elif image.mode.startswith("I"):
-        ids = np.asarray(image).astype(np.int32)
-        present = np.unique(ids)
-        table = spec.lookup_table(65536)
-        image = Image.fromarray(ids)
-    else:
-        raise DataError(
-            f"the label map {path} is a picture of mode {image.mode}, not of one id per pixel; store ids (mode L or P),"
-            ' or in dataset_mode custom describe its colours in dataset.json with "label_encoding": "colors"'
-        )
-    allowed = (present >= 0) & (present < len(table))
-    allowed[allowed] = table[present[allowed]] >= 0
-    if not allowed.all():
-        _refuse_ids(path, spec, present[~allowed])
-    return image, table
-
-
 def check_sizes(
     spec: DatasetSpec, path: str, size: tuple[int, int], other_path: str, other: tuple[int, int], scale: bool = False
 ) -> None:
@@ -292,49 +168,3 @@ def check_sizes(
         f"{path} is {size[0]} x {size[1]} but {other_path} is {other[0]} x {other[1]}; they must have one size"
         + (hint if spec.name == "custom" and same_aspect else "")
     )
-
-
-def _refuse_ids(path: str, spec: DatasetSpec, ids: np.ndarray) -> None:
-    if spec.label_colors is not None:
-        shown = ", ".join(str(tuple(color)) for color in spec.label_colors[ids].tolist()[:5])
-        raise DataError(
-            f"the label map {path} has colours of classes beyond num_classes {spec.num_classes}: {shown}; "
-            f"dataset.json names {len(spec.label_colors)} classes: raise --num_classes, or remove those from the map"
-        )
-    known = f"the classes are 0 ({spec.class_names[0]}) to {spec.num_classes - 1} ({spec.class_names[-1]})"
-    if spec.name == "custom":
-        remedy = 'raise --num_classes, or in dataset.json name an "ignore_id" or a "remap"'
-    else:
-        remedy = f"check --num_classes and that this is data for dataset_mode {spec.name}"
-    raise DataError(
-        f"the label map {path} has ids that do not fit num_classes {spec.num_classes}: {spec.describe_ids(ids)};"
-        f" {known}; {remedy}"
-    )
-
-
-def _ids_from_colors(image: Image.Image, path: str, spec: DatasetSpec) -> Image.Image:
-    """The ids of an RGB map in the classes' colours."""
-    pixels = np.asarray(image.convert("RGB")).astype(np.int32)
-    packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # [H, W]
-    colors = spec.label_colors.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
-    order = np.argsort(colors)
-    place = np.searchsorted(colors[order], packed).clip(max=len(colors) - 1)
-    wrong = colors[order][place] != packed
-    if wrong.any():
-        unknown = np.unique(packed[wrong])
-        shown = ", ".join(str((int(c) >> 16, int(c) >> 8 & 255, int(c) & 255)) for c in unknown[:5])
-        more = f", ... ({len(unknown)} in all; was it saved with smoothing?)" if len(unknown) > 5 else ""
-        raise DataError(
-            f"the label map {path} has colours that belong to no class: {shown}{more}; add them to dataset.json"
-        )
-    return Image.fromarray(order[place].astype(np.uint8 if len(colors) <= 256 else np.int32))
-
-
-def read_instances(path: str) -> Image.Image:
-    """An instance map at its full depth, mode I (int32)."""
-    image = open_map(path, "instance map")
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-        raise DataError(
-            f"the instance map {path} is a picture of mode {image.mode}; store one id per pixel, 8 or 16 bits"
-        )
-    return Image.fromarray(np.asarray(image).astype(np.int32))

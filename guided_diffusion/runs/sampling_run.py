@@ -313,7 +313,7 @@ class SampleRun:
         """The layouts of each batch: all different ones, or the one that several samples share."""
         layouts = [pair[0] for pairs in batches for pair in (pairs[:1] if self.several else pairs)]
         size = 1 if self.several or not batches else len(batches[0])
-        return sampling_batches(self.dataset, layouts, size, self.num_workers)
+        return sampling_batches(self.dataset, layouts, size, self.num_workers, self.log)
 
     def _restore_inputs(self, layouts: list[int]) -> None:
         for layout, batch in zip(layouts, sampling_batches(self.dataset, layouts, 1), strict=True):

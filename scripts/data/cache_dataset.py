@@ -37,13 +37,14 @@ from guided_diffusion.data.listing import (
     is_remote,
     join,
     list_items,
-    open_stream,
     printable,
     read_bytes,
     read_cache_note,
     read_cache_settings,
     some_names,
 )
+from guided_diffusion.data.masks import storable_map
+from guided_diffusion.data.picture_files import open_undecoded
 from guided_diffusion.data.specs import (
     DATASET_MODES,
     SPLITS,
@@ -52,12 +53,20 @@ from guided_diffusion.data.specs import (
     MissingSplitError,
     check_address,
     get_spec,
+    read_dataset_json,
 )
 from guided_diffusion.data.transforms import cached_image, read_image, read_instances, read_label, whole_picture
 from guided_diffusion.hosts.parallel import map_in_processes
 
 SOURCES_FILE = "cache_sources.jsonl"  # beside CACHE_FILE, which the loader reads and which stays short
-_APPEARANCE = ("class_names", "palette", "layout", "preparation")  # of a spec: what no cached file depends on
+_APPEARANCE = (
+    "class_names",
+    "palette",
+    "layout",
+    "preparation",
+    "max_pixels",
+    "segments_files",
+)  # of a spec: what no cached file depends on
 
 
 @dataclass(frozen=True)
@@ -102,12 +111,12 @@ def encode_png(picture: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def shrunk_map(path: str, size: tuple[int, int]) -> bytes:
+def shrunk_map(path: str, size: tuple[int, int], max_pixels: int | None) -> bytes:
     """A label or instance map at `size`, with the ids (or colours) of the file unchanged."""
-    picture = Image.open(open_stream(path))
-    if picture.mode.startswith("I"):  # nearest-pixel resizing of 16 bits is not in every Pillow
-        ids = np.asarray(picture.convert("I").resize(size, Image.Resampling.NEAREST))
-        return encode_png(Image.fromarray(ids.astype(np.uint16)))
+    picture = open_undecoded(path, "map", max_pixels)
+    if picture.mode == "F" or picture.mode.startswith("I"):  # nearest-pixel resizing of 16 bits is not in every Pillow
+        numbers = Image.fromarray(np.asarray(picture).astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+        return encode_png(storable_map(numbers))
     return encode_png(picture.resize(size, Image.Resampling.NEAREST))
 
 
@@ -167,12 +176,12 @@ def cache_item(job: CacheJob, task: tuple[Item, Record | None]) -> tuple[bool, R
     photograph = read_image(item.image, job.spec)
     read_label(item.label, job.spec)  # a wrong id is found here, not in the middle of a training run
     if item.instance is not None:
-        read_instances(item.instance)
+        read_instances(item.instance, max_pixels=job.spec.max_pixels)
     shrunk = cached_image(photograph, job.image_size, job.spec.crop, job.training, job.scale_jitter)
     maps = [path for path in (item.label, item.instance) if path is not None]
     for path in maps:
         if job.fixed:
-            write(path, shrunk_map(path, shrunk.size), as_png=True)
+            write(path, shrunk_map(path, shrunk.size, job.spec.max_pixels), as_png=True)
         else:  # crops of several sizes need the map as it is; maps are quick to read
             write(path, read_bytes(path))
     if shrunk.size == photograph.size:
@@ -375,7 +384,7 @@ def build_cache(options: argparse.Namespace) -> None:
     elif os.path.isdir(options.cache_dir) and os.listdir(options.cache_dir):
         raise DataError(f"cache_dir {options.cache_dir} is not empty and no cache; choose another")
     write_bytes(note, json.dumps({**settings, "complete": False}).encode())
-    described = copy_description(options.dataset_mode, data_dir, options.cache_dir)
+    described = copy_descriptions(options.dataset_mode, data_dir, options.cache_dir)
     paths = [path for items in splits.values() for item in items for path in (item.image, item.label, item.instance)]
     claimed = claim(options.cache_dir, {name for path in paths if path for name in cached_names(data_dir, path)})
     before, now = read_records(options.cache_dir), {}
@@ -396,30 +405,39 @@ def build_cache(options: argparse.Namespace) -> None:
     print(f"done: use --data_dir {options.cache_dir} with --image_size {options.image_size}")
 
 
-def copy_description(dataset_mode: str, data_dir: str, cache_dir: str) -> str:
-    """The cache's dataset.json becomes the original's, which may have other names and colours than last time.
+def copy_descriptions(dataset_mode: str, data_dir: str, cache_dir: str) -> str:
+    """The cache's dataset.json, and the files that it names, become the original's, which may have changed.
 
-    Returns the line of the record that tells it from somebody's own file. Raises DataError where there is one.
+    Returns the lines of the record that tell them from somebody's own files. Raises DataError where there is one.
     """
-    source, copy = join(data_dir, _DESCRIPTION), os.path.join(cache_dir, _DESCRIPTION)
-    content = read_bytes(source) if dataset_mode == "custom" and blobfile.exists(source) else None
-    line = "" if content is None else json.dumps([_DESCRIPTION, hashlib.sha256(content).hexdigest()]) + "\n"
-    if os.path.lexists(copy):
+    own = dataset_mode == "custom" and blobfile.exists(join(data_dir, _DESCRIPTION))
+    named = read_dataset_json(data_dir).get("segments_info", []) if own else []
+    contents = {name: read_bytes(join(data_dir, name)) if own else None for name in (_DESCRIPTION, *named)}
+    lines = [[name, _hash(content)] for name, content in contents.items() if content is not None]
+    record = "".join(json.dumps(line) + "\n" for line in lines)
+    for name, content in contents.items():
+        copy = os.path.join(cache_dir, name)
+        if not os.path.lexists(copy):
+            continue
         there = None if os.path.islink(copy) or not os.path.isfile(copy) else read_bytes(copy)
-        if there is not None and there == content:
-            return line
-        written = [known for known in _lines(cache_dir) if len(known) == 2 and known[0] == _DESCRIPTION]
-        if there is None or [_DESCRIPTION, hashlib.sha256(there).hexdigest()] not in written:
+        if there is None or (there != content and [name, _hash(there)] not in list(_lines(cache_dir))):
             raise DataError(
                 f"{copy} is in the way: it is not as this script wrote it; move it away, or choose another cache_dir"
             )
-    if content is not None:
+    if record:
         with open(os.path.join(cache_dir, SOURCES_FILE), "a", encoding="utf-8") as file:
-            file.write("\n" + line)  # the first ends a line that a killed run left unfinished
-        write_bytes(copy, content)
-    elif os.path.lexists(copy):
-        os.remove(copy)
-    return line
+            file.write("\n" + record)  # the first ends a line that a killed run left unfinished
+    for name, content in contents.items():
+        copy = os.path.join(cache_dir, name)
+        if content is not None:
+            write_bytes(copy, content)
+        elif os.path.lexists(copy):
+            os.remove(copy)
+    return record
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def cache_split(
