@@ -163,11 +163,12 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Which settings of a run's config.json differ from those of now: "NAME BEFORE -> NOW"."""
+    places = ("logdir", "resume_checkpoint", "transfer_from", "class_map")
     return [
         f"{name} {saved[group][name]!r} -> {value!r}"
         for group in ("data", "training", "model", "diffusion")
         for name, value in now.get(group, {}).items()
-        if name in saved.get(group, {}) and saved[group][name] != value and name not in ("logdir", "resume_checkpoint")
+        if name in saved.get(group, {}) and saved[group][name] != value and name not in places
     ]
 
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.class_lists import recorded_classes
-from ..data.specs import DATASET_MODES, get_spec, read_classes, read_dataset_json
-from ..settings import ConfigError, ModelConfig, TrainConfig
+from ..settings import ConfigError, TrainConfig
 from . import store
+from .checkpoint_classes import known_classes
 from .class_map import MEAN, NONE, Row, match_classes, read_class_map, without_meaning
 
 JSON_NAME, TEXT_NAME = "transfer.json", "transfer.txt"  # in the log directory
@@ -54,7 +53,8 @@ def adapt(
 
 
 def _layout_weight(weight: torch.Tensor, rows: Sequence[Row], old_edge: bool, new_edge: bool) -> torch.Tensor:
-    """[128, old layout channels, 3, 3] -> [128, new ones, 3, 3]."""
+    """[128, old layout channels, 3, 3] -> [128, new ones, 3, 3], float32."""
+    weight = weight.float()  # the mean of weights in 16 bits is none of them
     channels = [_mean(weight, row.sources) for row in rows]
     if new_edge:
         channels.append(weight[:, -1] if old_edge else torch.zeros_like(weight[:, 0]))
@@ -66,7 +66,7 @@ def _mean(weight: torch.Tensor, sources: Sequence[int]) -> torch.Tensor:
         return weight[:, sources[0]]
     if not sources:
         return torch.zeros_like(weight[:, 0])
-    return weight[:, list(sources)].double().mean(dim=1).to(weight.dtype)
+    return weight[:, list(sources)].mean(dim=1)
 
 
 # -- a transfer of a run ----------------------------------------------------------------------------------------------
@@ -155,6 +155,10 @@ class Transfer:
         cells += [("instance edge", self.edge(), ""), ("learned variance", self.variance(), "")]
         widths = [max(len(line[column]) for line in cells) for column in range(3)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        if means := sum(row.how == MEAN for row in self.rows):
+            lines.append(
+                f"{means} of {len(self.rows)} classes have no namesake: --class_map can say what they resemble"
+            )
         unused = [f"{i} {self.old_classes[i]}" for i in self.unused()]
         if unused:
             more = f" and {len(unused) - _SHOWN} more" if len(unused) > _SHOWN else ""
@@ -215,67 +219,10 @@ def _read(checkpoint: str) -> dict[str, torch.Tensor]:
             f"{checkpoint} holds no SDM network: it has no {missing[0]} (it has {len(state)} weights, the first is "
             f"{next(iter(state))}); give an SDM checkpoint (--transfer_from)"
         )
-    return state
-
-
-def known_classes(checkpoint: str, layout_channels: int) -> tuple[tuple[str, ...], bool]:
-    """The names of a checkpoint's classes ("class 0" and so on where they are not known), and whether its network reads
-    the instance edge.
-
-    From the config.json beside it, else from a dataset.json beside it, else from the benchmark that has as many.
-
-    :param layout_channels: that its weights read.
-    :raises CheckpointError: the number of classes is not to be found out, or what is recorded does not fit.
-    """
-    folder = os.path.dirname(checkpoint)
-    config = store.read_config(checkpoint)
-    if config is None:
-        return _unrecorded_classes(checkpoint, layout_channels)
-    source = f"{store.CONFIG_NAME} beside {checkpoint}"
-    model = ModelConfig(**{k: v for k, v in config["model"].items() if k in ("num_classes", "no_instance")})
-    if model.layout_channels() != layout_channels:
+    shapes = {tuple(weight.shape) for name, weight in state.items() if name.endswith(LAYOUT_WEIGHT)}
+    if len(shapes) > 1 or any(len(shape) != 4 for shape in shapes) or any(state[name].ndim == 0 for name in OUTPUT):
         raise store.CheckpointError(
-            f"{checkpoint} reads {layout_channels} layout channels, but the {source} says {model.layout_channels()} "
-            f"(num_classes {model.num_classes}, no_instance {model.no_instance}); they do not belong together"
+            f"{checkpoint} holds no SDM network: its first SPADE convolutions, which read one layout, have the shapes "
+            f"{', '.join(map(str, sorted(map(list, shapes))))}; give an SDM checkpoint (--transfer_from)"
         )
-    found = recorded_classes(config, model.num_classes, source)
-    names = found[0] if found else _generic(model.num_classes)
-    if without_meaning(names):
-        names = _names_beside(folder, model.num_classes) or names
-    if without_meaning(names) and not (config.get("data") or {}).get("dataset_mode"):
-        names = next((listed for listed in _benchmarks().values() if len(listed) == len(names)), names)
-    return names, not model.no_instance
-
-
-def _names_beside(folder: str, num_classes: int | None = None) -> tuple[str, ...] | None:
-    """Those of a dataset.json in the checkpoint's folder; None where there is none. :raises DataError: it is wrong."""
-    settings = read_dataset_json(folder or ".")
-    if not settings.get("classes"):
-        return None
-    return get_spec("custom", None, num_classes, settings).class_names
-
-
-def _unrecorded_classes(checkpoint: str, channels: int) -> tuple[tuple[str, ...], bool]:
-    """For weights without a config: the names' number says whether the last channel is the edge."""
-    folder = os.path.dirname(checkpoint)
-    beside = _names_beside(folder)
-    lists = {"dataset.json": beside} if beside else _benchmarks()
-    for edge in (False, True):
-        for names in lists.values():
-            if len(names) + edge == channels:
-                return names, edge
-    counts = ", ".join(f"{name} {len(names)}" for name, names in lists.items())
-    raise store.CheckpointError(
-        f"{checkpoint} reads {channels} layout channels, and what they are is not recorded: there is no config.json "
-        f"beside it, and no list of classes has so many, with or without the instance edge ({counts}); put a "
-        'dataset.json beside it, {"classes": ["sky", "road", ...]}'
-    )
-
-
-def _benchmarks() -> dict[str, tuple[str, ...]]:
-    """Class names by dataset mode; no two have as many, with or without the edge."""
-    return {mode: read_classes(mode)[0] for mode in DATASET_MODES if mode != "custom"}
-
-
-def _generic(count: int) -> tuple[str, ...]:
-    return tuple(f"class {i}" for i in range(count))
+    return state
