@@ -138,7 +138,11 @@ def plan_training(
 
     def tell() -> None:
         sizes = [split.shape for split in (dataset, validation) if split] or [picture_size(data, model_config)]
-        spec = dataset.spec if dataset else get_spec(data.dataset_mode, data.data_dir or None, model_config.num_classes)
+        spec = (
+            dataset.spec
+            if dataset is not None
+            else get_spec(data.dataset_mode, data.data_dir or None, model_config.num_classes)
+        )
         start = _check(
             config, model_config, diffusion_config, sizes, global_batch, spec.class_names, world, logdir, log
         )
