@@ -23,18 +23,21 @@ def settings_to_start(
     :raises ConfigError: see `carried_settings`. :raises DataError: see `get_spec`.
     """
     recorded, source = store.recorded_config(logdir, config.resume_checkpoint)
-    if not config.transfer_from:
-        return recorded, source
-    if store.manifest_steps(logdir):
-        if "transfer_from" not in (recorded or {}).get("start", {}):
-            raise store.CheckpointError(
-                f"the run in {logdir} did not begin with --transfer_from, and would go on: give another --logdir to "
-                f"begin a new one from {config.transfer_from}, or leave --transfer_from out"
-            )
-        return recorded, source
-    if not store.exists(config.transfer_from):
-        raise store.CheckpointError(f"there is no checkpoint {config.transfer_from} (--transfer_from)")
-    recorded, source = store.read_config(config.transfer_from), f"{store.CONFIG_NAME} beside {config.transfer_from}"
+    if config.transfer_from and not store.manifest_steps(logdir):
+        return _settings_of(config.transfer_from, given, data)
+    if config.transfer_from and "transfer_from" not in (recorded or {}).get("start", {}):
+        raise store.CheckpointError(
+            f"the run in {logdir} did not begin with --transfer_from, and would go on: give another --logdir to begin a "
+            f"new one from {config.transfer_from}, or leave --transfer_from out"
+        )
+    return recorded, source
+
+
+def _settings_of(checkpoint: str, given: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any] | None, str]:
+    """What is carried over from the config beside a checkpoint; None where there is none."""
+    if not store.exists(checkpoint):
+        raise store.CheckpointError(f"there is no checkpoint {checkpoint} (--transfer_from)")
+    recorded, source = store.read_config(checkpoint), f"{store.CONFIG_NAME} beside {checkpoint}"
     if recorded is None:
         return None, ""
     classes = {}
