@@ -57,10 +57,6 @@ def read_class_map(path: str) -> ClassMap:
         if names == []:
             raise ConfigError(f"the class map {path}: {name!r} is given an empty list; write null for no source")
         result[name] = names
-    if all(names is None for names in result.values()):
-        raise ConfigError(
-            f"the class map {path} gives every class null: name a source for one of them, or leave --class_map out"
-        )
     return result
 
 
@@ -75,7 +71,8 @@ def match_classes(
     common.
 
     :param class_map: see `read_class_map`. :param path: its file, for messages.
-    :raises ConfigError: no class is known by a name in the map, or a class stands in it twice.
+    :raises ConfigError: no class is known by a name in the map, a class stands in it twice, or it leaves all without a
+        source.
     """
     old_names, new_names = _Names(old), _Names(new)
     mapped: dict[int, tuple[int, ...] | None] = {}
@@ -100,6 +97,11 @@ def match_classes(
             rows.append(Row(name, same, BY_NAME))
         else:
             rows.append(Row(name, tuple(range(len(old))), MEAN))
+    if all(row.how == NONE for row in rows):
+        raise ConfigError(
+            f"the class map {path} gives every class null, so that nothing would be known of layouts: name a source for "
+            "one of them, or leave --class_map out"
+        )
     return rows
 
 

@@ -157,7 +157,7 @@ class Transfer:
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
         if means := sum(row.how == MEAN for row in self.rows):
             lines.append(
-                f"{means} of {len(self.rows)} classes have no namesake: --class_map can say what they resemble"
+                f"without a namesake: {means} of {len(self.rows)} classes; --class_map can say what they resemble"
             )
         unused = [f"{i} {self.old_classes[i]}" for i in self.unused()]
         if unused:

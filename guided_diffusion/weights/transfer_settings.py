@@ -27,8 +27,8 @@ def settings_to_start(
         return _settings_of(config.transfer_from, given, data)
     if config.transfer_from and "transfer_from" not in (recorded or {}).get("start", {}):
         raise store.CheckpointError(
-            f"the run in {logdir} did not begin with --transfer_from, and would go on: give another --logdir to begin a "
-            f"new one from {config.transfer_from}, or leave --transfer_from out"
+            f"the run in {logdir} did not begin with --transfer_from, and would go on: give another --logdir to begin "
+            f"one from {config.transfer_from}, or leave --transfer_from out"
         )
     return recorded, source
 
