@@ -99,8 +99,8 @@ def match_classes(
             rows.append(Row(name, tuple(range(len(old))), MEAN))
     if all(row.how == NONE for row in rows):
         raise ConfigError(
-            f"the class map {path} gives every class null, so that nothing would be known of layouts: name a source for "
-            "one of them, or leave --class_map out"
+            f"the class map {path} gives every class null, so that nothing would be known of layouts: name a source "
+            "for one of them, or leave --class_map out"
         )
     return rows
 
