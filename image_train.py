@@ -35,7 +35,8 @@ from guided_diffusion.settings import (
     TrainConfig,
 )
 from guided_diffusion.train_util import TrainingDiverged, prepare_training
-from guided_diffusion.weights.store import CheckpointError, recorded_config
+from guided_diffusion.weights.store import CheckpointError
+from guided_diffusion.weights.transfer_settings import settings_to_start
 
 
 def main() -> int:
@@ -52,7 +53,7 @@ def main() -> int:
         data.check()
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
         # Rank 0 reads for all: the other hosts need not see its log directory.
-        recorded, source = world.on_main(lambda: recorded_config(logdir, config.resume_checkpoint))
+        recorded, source = world.on_main(lambda: settings_to_start(flags, config, data, logdir))
         if recorded is None and "num_classes" not in flags:  # as many as the data set has
             flags["num_classes"] = get_spec(data.dataset_mode, data.data_dir or None).num_classes
         model_config, diffusion_config, config.precision = network_settings(

@@ -169,6 +169,8 @@ class TrainConfig:
     resume_checkpoint: str = setting(
         "", "weights to start from: model.pt begins a new run (fine-tuning), a numbered file continues"
     )
+    transfer_from: str = setting("", "weights of a network of other classes, for a new run (docs/checkpoints.md)")
+    class_map: str = setting("", 'JSON file: what new classes start from, as {"road": "street"}; with transfer_from')
     batch_size: int = setting(1, "images per rank and step")
     microbatch: int = setting(-1, "images per forward pass, gradients being accumulated; -1: batch_size")
     lr: float = setting(1e-4, "learning rate")
@@ -228,7 +230,16 @@ class TrainConfig:
         check_range(self, 0, "scale_jitter", below=MOST_JITTER)
         check_range(self, 0, "seed", below=2**64)
         check_place("logdir", self.logdir)
-        check_place("resume_checkpoint", self.resume_checkpoint, ("gs", "az", "https"))
+        for name in ("resume_checkpoint", "transfer_from"):
+            check_place(name, getattr(self, name), ("gs", "az", "https"))
+        check_place("class_map", self.class_map)
+        if self.transfer_from and self.resume_checkpoint:
+            raise ConfigError(
+                f"--transfer_from {self.transfer_from} and --resume_checkpoint {self.resume_checkpoint} exclude each "
+                "other: the first begins with other classes, the second goes on with the same"
+            )
+        if self.class_map and not self.transfer_from:
+            raise ConfigError(f"--class_map {self.class_map} goes with --transfer_from: give both, or neither")
         if self.schedule_sampler not in SCHEDULE_SAMPLERS:
             raise ConfigError(
                 f"unknown schedule_sampler {self.schedule_sampler!r}: choose one of {', '.join(SCHEDULE_SAMPLERS)}"

@@ -63,6 +63,7 @@ def prepare_training(
         precision=resolve_precision(config.precision, record["model"]["use_fp16"]),
         num_timesteps=objective.num_timesteps,
         sizes=[split.shape for split in (dataset, validation) if split is not None],
+        class_names=dataset.spec.class_names,
         config=config,
         directory=directory,
         world=world,
@@ -206,7 +207,7 @@ class TrainLoop:
         return interval > 0 and self.state.step % interval == 0
 
     def _nothing_to_do(self) -> bool:
-        self.world.on_main(lambda: check_base(self.state.base, self.config.resume_checkpoint))
+        self.world.on_main(lambda: check_base(self.state.base, self.config))
         self.logger.log(f"nothing to do: step {self.state.step} of {self.last_step} is reached")
         if self.state.saved_step is None:  # started from elsewhere: what comes next looks here
             self.saving.save()

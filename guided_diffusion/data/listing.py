@@ -99,6 +99,16 @@ def pair_files(
     return items, problems
 
 
+def has_instance_maps(spec: DatasetSpec, data_dir: str | os.PathLike, split: str) -> bool:
+    """Whether the data offers instances, as far as its folders say: they are not paired. Raises MissingSplitError where
+    the split's folder is not there."""
+    if spec.instances != "optional":
+        return spec.instances != "none"
+    root, layout = os.fspath(data_dir), spec.layout
+    folder = join(root, layout.instances.format(split=_split_folder(spec, root, split)))
+    return _is_dir(folder) and bool(list_files(folder, layout.instance_suffix, layout.nested, MAP_EXTENSIONS))
+
+
 def unread_files(spec: DatasetSpec, data_dir: str | os.PathLike, split: str) -> list[str]:
     """What is passed over because it lies in sub-folders that the layout does not read: one note per folder."""
     root, layout, notes = os.fspath(data_dir), spec.layout, []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..data.specs import get_spec
 from ..dist_util import World
 from ..fp16_util import PRECISIONS
 from ..image_datasets import LayoutDataset, training_batches
@@ -22,6 +24,7 @@ from ..settings import (
     resolve_precision,
 )
 from ..weights import store
+from ..weights.transfer import Request
 from .footprint import Batch, Pass, Passes, Pretence, blank_batch, largest_batch, training_pass
 from .log_directory import LogDirectory
 from .optimizers import load_optimizer_state
@@ -135,7 +138,14 @@ def plan_training(
 
     def tell() -> None:
         sizes = [split.shape for split in (dataset, validation) if split] or [picture_size(data, model_config)]
-        start = _check(config, model_config, diffusion_config, sizes, global_batch, world, logdir, log)
+        spec = (
+            dataset.spec
+            if dataset is not None
+            else get_spec(data.dataset_mode, data.data_dir or None, model_config.num_classes)
+        )
+        start = _check(
+            config, model_config, diffusion_config, sizes, global_batch, spec.class_names, world, logdir, log
+        )
         batches = _first_batches(dataset, config, microbatch, start.samples_seen)
         look_up = batches is not None and config.looks_layouts_up(device_type)
         if batches is None:
@@ -189,6 +199,7 @@ def _check(
     diffusion_config: DiffusionConfig,
     sizes: list[tuple[int, int]],
     global_batch: int,
+    class_names: Sequence[str],
     world: World,
     logdir: str,
     log: Log,
@@ -203,9 +214,9 @@ def _check(
         raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
     check_folder(logdir, "logdir", "log directory")
     ranks = dict(world_size=world.size, global_batch=global_batch)
-    start = find_start(
-        LogDirectory(logdir, reads_only=True), config.resume_checkpoint, config.ema_rates(), **ranks, log=log
-    )
+    request = Request.of(config, class_names, model.layout_channels, model.out[-1].out_channels)
+    directory = LogDirectory(logdir, reads_only=True)
+    start = find_start(directory, config.resume_checkpoint, config.ema_rates(), **ranks, log=log, request=request)
     _read_start(start, model, config)
     return start
 

@@ -16,6 +16,7 @@ from ..resample import create_schedule_sampler
 from ..settings import ConfigError, TrainConfig
 from ..unet import UNetModel
 from ..weights import store
+from ..weights.transfer import Request, Transfer
 from .log_directory import LogDirectory
 from .optimizers import load_optimizer_state, make_optimizer, to_cpu
 from .state import TrainingState
@@ -34,12 +35,15 @@ class Start:
     optimizer: str = ""
     continues: bool = False  # the log directory's own run
     fresh_streak: bool = True  # the bad steps in a row that it ended with do not count
-    base: dict[str, str] = field(default_factory=dict)  # the --resume_checkpoint that the run began from, and its hash
+    base: dict[str, str] = field(default_factory=dict)  # the checkpoint that the run began from, and its hash
+    transfer: Transfer | None = None  # how `model` becomes the weights; None: as it is
 
     # One file at a time, as every rank of a host gets a copy. :raises CheckpointError: it is damaged.
 
     def read_model(self) -> dict[str, torch.Tensor] | None:
         """The weights; None: new ones."""
+        if self.transfer is not None:
+            return self.transfer.weights()
         return store.load_weights(self.model) if self.model else None
 
     def read_ema(self, rate: str) -> dict[str, torch.Tensor] | None:
@@ -59,13 +63,16 @@ def find_start(
     world_size: int,
     global_batch: int,
     log: Log,
+    request: Request | None = None,
 ) -> Start:
-    """The newest complete checkpoint of the log directory, else `resume_checkpoint`, else new weights; says which.
+    """The newest complete checkpoint of the log directory, else `resume_checkpoint`, or the transfer that is requested,
+    else new weights; says which.
 
     A numbered checkpoint continues at its step, with the EMAs and the optimizer that lie beside it; one without a
     number (model.pt) lends its weights to a new run. Creates nothing.
 
     :raises CheckpointError: nothing can be continued, but a new run would replace weights in the log directory.
+    :raises CheckpointError, ConfigError: see `Request.read`.
     """
     logdir, manifest = directory.folder, directory.newest(log)
     if manifest is not None:
@@ -78,6 +85,8 @@ def find_start(
             log(f"note: saved with {ranks} ranks; the data goes on from the samples seen then")
         files = _files_beside(store.join(logdir, store.model_name(step)), step, rates, log)
         base = directory.config().get("start", {})
+        if request is not None and request.checkpoint != base.get("transfer_from"):
+            log(f"note: {request.checkpoint} is not used any more; give another --logdir to start from it again")
         return Start(
             step=step,
             samples_seen=_samples_seen(manifest, step, global_batch, log),
@@ -89,6 +98,12 @@ def find_start(
     step = store.step_of(resume_checkpoint)
     if step is None or os.path.realpath(os.path.dirname(resume_checkpoint)) != os.path.realpath(logdir):
         store.check_vacant(logdir)  # a numbered one in it, of another program, is a run that goes on there
+    if request is not None:
+        transfer = request.read()
+        log(f"starting a new run from the weights in {request.checkpoint}, for the classes of the data")
+        for line in transfer.table():
+            log(f"  {line}")
+        return Start(model=request.checkpoint, base=transfer.base(), transfer=transfer)
     if not resume_checkpoint:
         log("starting from new weights")
         return Start()
@@ -118,20 +133,20 @@ def _samples_seen(manifest: dict[str, Any], step: int, global_batch: int, log: L
     return step * global_batch
 
 
-def check_base(base: dict[str, str], resume_checkpoint: str) -> None:
+def check_base(base: dict[str, str], config: TrainConfig) -> None:
     """For a run that has nothing left to do; `base` is what it began from.
 
     :raises CheckpointError: what it began from was trained further since, so that its weights are not what the command
         asks for (a fine-tuning, where the training before it got more steps).
     """
-    path = base.get("checkpoint")
-    if not path or path != resume_checkpoint or not store.exists(path):
-        return
-    if store.file_hash(path) != base["sha256"]:
-        raise store.CheckpointError(
-            f"this run is finished, but {path} has changed since it began from it: give another --logdir to begin "
-            "again, or leave --resume_checkpoint out to keep the run as it is"
-        )
+    asked = [("checkpoint", "sha256", "resume_checkpoint"), ("transfer_from", "sha256", "transfer_from")]
+    for key, digest, flag in [*asked, ("class_map", "class_map_sha256", "class_map")]:
+        path = base.get(key)
+        if path and path == getattr(config, flag) and store.exists(path) and store.file_hash(path) != base[digest]:
+            raise store.CheckpointError(
+                f"this run is finished, but {path} has changed since it began from it: give another --logdir to begin "
+                f"again, or leave --{flag} out to keep the run as it is"
+            )
 
 
 def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict[str, Any]:
@@ -148,11 +163,12 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Which settings of a run's config.json differ from those of now: "NAME BEFORE -> NOW"."""
+    places = ("logdir", "resume_checkpoint", "transfer_from", "class_map")
     return [
         f"{name} {saved[group][name]!r} -> {value!r}"
         for group in ("data", "training", "model", "diffusion")
         for name, value in now.get(group, {}).items()
-        if name in saved.get(group, {}) and saved[group][name] != value and name not in ("logdir", "resume_checkpoint")
+        if name in saved.get(group, {}) and saved[group][name] != value and name not in places
     ]
 
 
@@ -165,6 +181,7 @@ def begin_training(
     precision: str,
     num_timesteps: int,
     sizes: Sequence[tuple[int, int]],
+    class_names: Sequence[str],
     config: TrainConfig,
     directory: LogDirectory,
     world: World,
@@ -176,6 +193,7 @@ def begin_training(
 
     :param model: with new weights, on the CPU. :param precision: a key of PRECISIONS.
     :param num_timesteps: of the objective. :param sizes: (height, width) of the data sets.
+    :param class_names: of the data, one for each class of the network.
     :raises ConfigError: the network cannot take images of such a size.
     :raises CheckpointError: what is there is damaged, or does not fit the network; or another run is using it.
     """
@@ -186,7 +204,10 @@ def begin_training(
         raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
     rates = config.ema_rates()
     ranks = dict(world_size=world.size, global_batch=config.batch_size * world.size)
-    start = world.on_main(lambda: find_start(directory, config.resume_checkpoint, rates, **ranks, log=log))
+    request = Request.of(config, class_names, model.layout_channels, model.out[-1].out_channels)
+    start = world.on_main(
+        lambda: find_start(directory, config.resume_checkpoint, rates, **ranks, log=log, request=request)
+    )
     if precision == "fp16" and world.device.type == "cpu":
         log("note: float16 is slow on a CPU; --precision bf16 or fp32 is better there")
     model.dtype = PRECISIONS[precision]
@@ -217,6 +238,7 @@ def begin_training(
         trainer=trainer,
         schedule_sampler=create_schedule_sampler(config.schedule_sampler, num_timesteps),
         base=start.base,
+        transfer=start.transfer,
         step=start.step,
         samples_seen=start.samples_seen,
         continues=start.continues,

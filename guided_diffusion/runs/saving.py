@@ -46,6 +46,8 @@ class Saving:
         self.directory.open()
         with self.directory.writing():
             self.logger.open(self.state.step)
+            if self.state.transfer is not None:
+                self.state.transfer.write(self.directory.folder)
         if self.state.continues:  # the run may have been killed between writing the set and publishing it
             if changes := changed_settings(self.directory.config(), self.record):
                 self.logger.log(f"note: changed since the run was saved: {', '.join(changes)}")

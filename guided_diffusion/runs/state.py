@@ -12,6 +12,7 @@ from ..fp16_util import BadSteps, MixedPrecisionTrainer
 from ..resample import ScheduleSampler
 from ..unet import UNetModel
 from ..weights import store
+from ..weights.transfer import Transfer
 from .optimizers import to_cpu
 
 
@@ -20,7 +21,8 @@ class TrainingState:
     """A training at some step.
 
     :param emas: by rate, as written in the flag; in the order and the memory layout of the network's parameters.
-    :param base: the --resume_checkpoint that the run began from, and its hash; empty where it began from new weights.
+    :param base: the checkpoint that the run began from, and its hash; empty where it began from new weights.
+    :param transfer: what of a checkpoint's classes the run begins with; None where it did not, or goes on.
     :param step: optimizer steps taken or skipped; checkpoints carry this number.
     :param samples_seen: by all ranks. :param continues: the log directory's own run goes on.
     :param saved_step: the last step of which the log directory has a checkpoint; None: of none.
@@ -32,6 +34,7 @@ class TrainingState:
     trainer: MixedPrecisionTrainer
     schedule_sampler: ScheduleSampler
     base: dict[str, str] = field(default_factory=dict)
+    transfer: Transfer | None = None
     step: int = 0
     samples_seen: int = 0
     continues: bool = False
