@@ -28,8 +28,8 @@ from PIL import Image
 from preparation import link_or_copy
 from prepare_camvid import CLASSES, pictures
 
+from guided_diffusion.data.pictures import colorize, contact_sheet, save_png
 from guided_diffusion.data.specs import get_spec
-from guided_diffusion.runs.pictures import colorize, contact_sheet, save_png
 
 SIZE = 48
 # new class -> the classes of CamVid that are merged into it; the order is another one, too
