@@ -78,15 +78,29 @@ def test_renumbered_classes_give_the_same_outputs_bit_for_bit():
     assert not torch.equal(outputs(old, onehot(label, 4, edge)), expected)
 
 
-def test_merged_classes_read_the_mean_and_null_ones_nothing():
+def test_merged_classes_read_the_mean():
     """A layout that is half one class and half another reads, in a convolution, the mean of both."""
     old = network()
-    label, edge = layouts(5)
-    new = transferred(old, ROWS)
-    shares = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1], [0.5, 0, 0.5, 0], [0, 0, 0, 0], [0.25] * 4])
+    label, edge = layouts(4)
+    new = transferred(old, [[1], [3], [2, 0], [0, 1, 2, 3]])
+    shares = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1], [0.5, 0, 0.5, 0], [0.25] * 4])
     mixed = shares[label[:, 0]].permute(0, 3, 1, 2)
     expected = outputs(old, torch.cat([mixed, edge], dim=1))
-    assert torch.equal(outputs(new, onehot(label, 5, edge)), expected)
+    assert torch.equal(outputs(new, onehot(label, 4, edge)), expected)
+
+
+def test_classes_from_none_begin_as_in_a_new_network():
+    """The same for the same seed, in whatever order the file is, and spread as PyTorch begins a convolution."""
+    old, name = network().state_dict(), f"middle_block.0.in_norm{LAYOUT_WEIGHT}"
+    options = dict(old_edge=True, new_edge=True, learn_sigma=True)
+    rows = [Row("", tuple(ids), BY_MAP) for ids in ([], [2], [])]
+    new = adapt(old, rows, seed=1, **options)[name]
+    assert torch.equal(new, adapt(dict(reversed(old.items())), rows, seed=1, **options)[name])
+    assert not torch.equal(new, adapt(old, rows, seed=2, **options)[name])
+    assert torch.equal(new[:, 1], old[name][:, 2]) and not torch.equal(new[:, 0], new[:, 2])
+    fresh = torch.nn.Conv2d(4, 128, 3).weight.detach()
+    assert abs(float(new[:, [0, 2]].std() / fresh.std()) - 1) < 0.1
+    assert float(new[:, [0, 2]].abs().max()) <= (4 * 9) ** -0.5
 
 
 def test_the_edge_comes_along_is_dropped_or_starts_at_zero():

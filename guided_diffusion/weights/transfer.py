@@ -8,6 +8,7 @@ predicts the variance comes or goes.
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +28,13 @@ _SHOWN = 12
 
 
 def adapt(
-    state: Mapping[str, torch.Tensor], rows: Sequence[Row], *, old_edge: bool, new_edge: bool, learn_sigma: bool
+    state: Mapping[str, torch.Tensor],
+    rows: Sequence[Row],
+    *,
+    old_edge: bool,
+    new_edge: bool,
+    learn_sigma: bool,
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """An SDM network's state dict for other classes, and with or without a learned variance.
 
@@ -35,13 +42,13 @@ def adapt(
     output, starts at zero.
 
     :param state: of a network with C classes, whose first SPADE convolutions are [128, C (+ 1 if `old_edge`), 3, 3].
-    :param rows: for each new class, the old classes whose weights' mean it takes; none: it starts at zero, as if the
-        layout were empty where it is.
+    :param rows: for each new class, the old classes whose weights' mean it takes; none: it starts with new weights.
+    :param seed: of new weights.
     """
     adapted = dict(state)
     for name, weight in state.items():
         if name.endswith(LAYOUT_WEIGHT):
-            adapted[name] = _layout_weight(weight, rows, old_edge, new_edge)
+            adapted[name] = _layout_weight(weight, rows, old_edge, new_edge, seed + zlib.crc32(name.encode()))
     for name in OUTPUT:
         means = state[name][:_IMAGE_CHANNELS]
         adapted[name] = state[name]
@@ -52,21 +59,24 @@ def adapt(
     return adapted
 
 
-def _layout_weight(weight: torch.Tensor, rows: Sequence[Row], old_edge: bool, new_edge: bool) -> torch.Tensor:
+def _layout_weight(
+    weight: torch.Tensor, rows: Sequence[Row], old_edge: bool, new_edge: bool, seed: int
+) -> torch.Tensor:
     """[128, old layout channels, 3, 3] -> [128, new ones, 3, 3], float32."""
     weight = weight.float()  # the mean of weights in 16 bits is none of them
-    channels = [_mean(weight, row.sources) for row in rows]
+    generator = torch.Generator().manual_seed(seed % 2**64)
+    bound = ((len(rows) + new_edge) * weight[0, 0].numel()) ** -0.5  # as PyTorch begins a convolution
+    channels = []
+    for row in rows:
+        if len(row.sources) == 1:
+            channels.append(weight[:, row.sources[0]])
+        elif row.sources:
+            channels.append(weight[:, list(row.sources)].mean(dim=1))
+        else:
+            channels.append(torch.empty_like(weight[:, 0]).uniform_(-bound, bound, generator=generator))
     if new_edge:
         channels.append(weight[:, -1] if old_edge else torch.zeros_like(weight[:, 0]))
     return torch.stack(channels, dim=1)
-
-
-def _mean(weight: torch.Tensor, sources: Sequence[int]) -> torch.Tensor:
-    if len(sources) == 1:
-        return weight[:, sources[0]]
-    if not sources:
-        return torch.zeros_like(weight[:, 0])
-    return weight[:, list(sources)].mean(dim=1)
 
 
 # -- a transfer of a run ----------------------------------------------------------------------------------------------
@@ -84,6 +94,7 @@ class Request:
     classes: tuple[str, ...]
     edge: bool
     learn_sigma: bool
+    seed: int
 
     @staticmethod
     def of(config: TrainConfig, classes: Sequence[str], layout_channels: int, out_channels: int) -> Request | None:
@@ -91,7 +102,7 @@ class Request:
         if not config.transfer_from:
             return None
         edge, learn_sigma = layout_channels > len(classes), out_channels > _IMAGE_CHANNELS
-        return Request(config.transfer_from, config.class_map, tuple(classes), edge, learn_sigma)
+        return Request(config.transfer_from, config.class_map, tuple(classes), edge, learn_sigma, config.seed)
 
     def read(self) -> Transfer:
         """Reads the checkpoint and the map.
@@ -136,7 +147,7 @@ class Transfer:
         """The new network's state dict. :raises CheckpointError: the file has been damaged since."""
         return adapt(
             _read(self.request.checkpoint), self.rows, old_edge=self.old_edge, new_edge=self.request.edge,
-            learn_sigma=self.request.learn_sigma,
+            learn_sigma=self.request.learn_sigma, seed=self.request.seed,
         )  # fmt: skip
 
     def base(self) -> dict[str, str]:
@@ -167,7 +178,7 @@ class Transfer:
 
     def _sources(self, row: Row) -> str:
         if row.how == NONE:
-            return "zero"
+            return "new weights"
         if row.how == MEAN:
             return f"the mean of all {len(self.old_classes)}"
         names = [f"{i} {self.old_classes[i]}" for i in row.sources]
