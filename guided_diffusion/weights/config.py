@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
+from ..data.json_text import parse_json
 from ..settings import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, as_setting
+from .files import CheckpointError, exists, join, open_file
+
+CONFIG_NAME = "config.json"
 
 # A hub folder's config says nothing of data and training. None: a group whose values are checked where they are used.
 _NEEDED = {"model": ModelConfig, "diffusion": DiffusionConfig}
 _OPTIONAL = {"data": DataConfig, "training": TrainConfig, "dataset_json": None, "start": None}
+
+
+def read_config(checkpoint: str) -> dict[str, Any] | None:
+    """The config that stands beside a checkpoint; None where there is none (a published checkpoint).
+
+    :raises CheckpointError: it is there, but damaged (see `checked_config`).
+    """
+    path = join(os.path.dirname(checkpoint), CONFIG_NAME)
+    if not exists(path):
+        return None
+    try:
+        with open_file(path, "rb") as file:
+            return checked_config(parse_json(file.read()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the config of a training run ({type(error).__name__}: {error}); restore it, or remove it "
+            "and give all flags"
+        ) from error
 
 
 def checked_config(content: Any) -> dict[str, Any]:
