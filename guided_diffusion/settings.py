@@ -159,6 +159,7 @@ class TrainConfig:
     resume_checkpoint: str = setting(
         "", "weights to start from: model.pt begins a new run (fine-tuning), a numbered file continues"
     )
+    weights_key: str = setting("", "which weights of resume_checkpoint, where that file holds several")
     batch_size: int = setting(1, "images per rank and step")
     microbatch: int = setting(-1, "images per forward pass, gradients being accumulated; -1: batch_size")
     lr: float = setting(1e-4, "learning rate")
@@ -281,6 +282,7 @@ class SampleConfig(Sampling):
     sampler: str = setting("", "ddpm, ddim or dpmsolver++; empty: ddim with use_ddim, else ddpm")
     num_steps: int = another_default(Sampling, "num_steps", 0)
     model_path: str = setting("", "the checkpoint: an ema or model file; flags are read from config.json beside it")
+    weights_key: str = setting("", "which weights of model_path, where that file holds several, as ema")
     results_path: str = setting("RESULTS", "folder for images/, labels/, samples/ and the overview")
     labels_dir: str = setting("", "sample from the label maps in this folder alone, without photographs")
     split: str = setting("val", "split whose layouts are sampled: val (or what the data set calls it), test or train")

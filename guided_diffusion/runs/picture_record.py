@@ -104,6 +104,7 @@ def sampling_record(
     record = {
         "images": {
             "model_sha256": store.file_hash(config.model_path),
+            **({"weights_key": config.weights_key} if config.weights_key else {}),
             "seed": config.seed,
             "precision": pipeline.precision,
             **dataclasses.asdict(sampling),

@@ -21,6 +21,7 @@ from .optimizers import load_optimizer_state, make_optimizer, to_cpu
 from .state import TrainingState
 
 Log = Callable[[str], None]
+_PLACES = ("logdir", "resume_checkpoint", "weights_key")  # settings of a start, not of a run
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Start:
     step: int = 0
     samples_seen: int = 0
     model: str = ""
+    weights_key: str = ""  # which weights of that file
     emas: dict[str, str] = field(default_factory=dict)  # by rate
     optimizer: str = ""
     continues: bool = False  # the log directory's own run
@@ -38,9 +40,9 @@ class Start:
 
     # One file at a time, as every rank of a host gets a copy. :raises CheckpointError: it is damaged.
 
-    def read_model(self) -> dict[str, torch.Tensor] | None:
+    def read_model(self, log: Log | None = None) -> dict[str, torch.Tensor] | None:
         """The weights; None: new ones."""
-        return store.load_weights(self.model) if self.model else None
+        return store.load_weights(self.model, self.weights_key, log) if self.model else None
 
     def read_ema(self, rate: str) -> dict[str, torch.Tensor] | None:
         """The averaged weights; None: equal to the weights."""
@@ -59,6 +61,7 @@ def find_start(
     world_size: int,
     global_batch: int,
     log: Log,
+    weights_key: str = "",
 ) -> Start:
     """The newest complete checkpoint of the log directory, else `resume_checkpoint`, else new weights; says which.
 
@@ -97,7 +100,7 @@ def find_start(
         base = {"checkpoint": resume_checkpoint, "sha256": store.file_hash(resume_checkpoint)}
     if step is None:
         log(f"starting a new run from the weights in {resume_checkpoint}")
-        return Start(model=resume_checkpoint, base=base)
+        return Start(model=resume_checkpoint, weights_key=weights_key, base=base)
     log(f"continuing at step {step} from {resume_checkpoint}")
     folder = os.path.dirname(resume_checkpoint)
     if not store.exists(resume_checkpoint):
@@ -107,7 +110,8 @@ def find_start(
             f"the checkpoint of step {step} in {folder or '.'} is damaged ({problem}): start from another one"
         )
     seen = _samples_seen(store.read_manifest(folder, step), step, global_batch, log)
-    return Start(step=step, samples_seen=seen, base=base, **_files_beside(resume_checkpoint, step, rates, log))
+    files = _files_beside(resume_checkpoint, step, rates, log)
+    return Start(step=step, samples_seen=seen, weights_key=weights_key, base=base, **files)
 
 
 def _samples_seen(manifest: dict[str, Any], step: int, global_batch: int, log: Log) -> int:
@@ -152,7 +156,7 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         f"{name} {saved[group][name]!r} -> {value!r}"
         for group in ("data", "training", "model", "diffusion")
         for name, value in now.get(group, {}).items()
-        if name in saved.get(group, {}) and saved[group][name] != value and name not in ("logdir", "resume_checkpoint")
+        if name in saved.get(group, {}) and saved[group][name] != value and name not in _PLACES
     ]
 
 
@@ -185,8 +189,8 @@ def begin_training(
     except ValueError as error:
         raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
     rates = config.ema_rates()
-    ranks = dict(world_size=world.size, global_batch=config.batch_size * world.size)
-    start = world.on_main(lambda: find_start(directory, config.resume_checkpoint, rates, **ranks, log=log))
+    options = dict(world_size=world.size, global_batch=config.batch_size * world.size, weights_key=config.weights_key)
+    start = world.on_main(lambda: find_start(directory, config.resume_checkpoint, rates, **options, log=log))
     if precision == "fp16" and world.device.type == "cpu":
         log("note: float16 is slow on a CPU; --precision bf16 or fp32 is better there")
     model.dtype = PRECISIONS[precision]
@@ -197,7 +201,7 @@ def begin_training(
         model = model.to(world.device)
     else:
         model = model.to(world.device, memory_format=torch.channels_last)
-    _load_weights(model, start, world)
+    _load_weights(model, start, world, log)
     emas = {rate: _load_average(model, rate, start, world) for rate in rates}
     parameters = list(model.parameters())
     optimizer = make_optimizer(
@@ -226,8 +230,8 @@ def begin_training(
     return state
 
 
-def _load_weights(model: UNetModel, start: Start, world: World) -> None:
-    weights = world.on_main(start.read_model)
+def _load_weights(model: UNetModel, start: Start, world: World, log: Log) -> None:
+    weights = world.on_main(lambda: start.read_model(log))
     if weights is not None:
         store.load_state_into(model, weights, start.model)
     elif world.size > 1:  # the seed gives every rank the same weights; make sure of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 from ..data.json_text import parse_json
@@ -14,11 +15,13 @@ CONFIG_NAME = "config.json"
 
 # A hub folder's config says nothing of data and training. None: a group whose values are checked where they are used.
 _NEEDED = {"model": ModelConfig, "diffusion": DiffusionConfig}
+_OF_OTHERS = ("_class_name", "_diffusers_version", "architectures", "model_type", "transformers_version")
 _OPTIONAL = {"data": DataConfig, "training": TrainConfig, "dataset_json": None, "start": None}
 
 
-def read_config(checkpoint: str) -> dict[str, Any] | None:
-    """The config that stands beside a checkpoint; None where there is none (a published checkpoint).
+def read_config(checkpoint: str, note: Callable[[str], None] | None = None) -> dict[str, Any] | None:
+    """The config that stands beside a checkpoint; None where there is none (a published checkpoint), or that of another
+    library, as `note` is told.
 
     :raises CheckpointError: it is there, but damaged (see `checked_config`).
     """
@@ -27,7 +30,12 @@ def read_config(checkpoint: str) -> dict[str, Any] | None:
         return None
     try:
         with open_file(path, "rb") as file:
-            return checked_config(parse_json(file.read()))
+            content = parse_json(file.read())
+        if other := _other_library(content):
+            if note:
+                note(f"{path} was written by another library ({other}), and is not read")
+            return None
+        return checked_config(content)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not the config of a training run ({type(error).__name__}: {error}); restore it, or remove it "
@@ -50,6 +58,13 @@ def checked_config(content: Any) -> dict[str, Any]:
     if "data" not in config and "dataset_json" in config:  # only data of one's own has that part
         config["data"] = {"dataset_mode": "custom"}
     return config
+
+
+def _other_library(content: Any) -> str:
+    """The entry that shows a config to be another library's; empty where it may be ours."""
+    if not isinstance(content, dict) or content.keys() & _NEEDED.keys():
+        return ""
+    return next((f"{mark} {content[mark]!r}" for mark in _OF_OTHERS if mark in content), "")
 
 
 def _checked_part(name: str, kind: type | None, part: Any) -> dict[str, Any]:

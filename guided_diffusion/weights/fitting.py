@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .architecture import LAYOUT, check_family
 from .files import CheckpointError
 
 
@@ -23,8 +24,10 @@ def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path
         # assign: a network on the meta device takes the tensors as they are
         model.load_state_dict(state, assign=next(model.parameters()).is_meta)
         return
-    layout = "middle_block.0.in_norm.mlp_shared.0.weight"
+    if LAYOUT in own:
+        check_family(state, path)
     parts = []
+    layout = LAYOUT
     if layout in state and layout in own and state[layout].shape[1] != own[layout].shape[1]:
         parts.append(
             f"it was trained with {state[layout].shape[1]} layout channels, the flags give {own[layout].shape[1]} "

@@ -258,7 +258,9 @@ def read_manifest(folder: str, step: int) -> dict[str, Any]:
     return manifest if whole else {}
 
 
-def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:
+def recorded_config(
+    logdir: str, resume_checkpoint: str, note: Callable[[str], None] | None = None
+) -> tuple[dict[str, Any] | None, str]:
     """The settings that a new start is bound to, and the file they stand in: those of the run in `logdir`, else those
     beside the checkpoint to start from, else none."""
     if manifest_steps(logdir):
@@ -266,5 +268,5 @@ def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any]
     if resume_checkpoint:
         if not exists(resume_checkpoint):
             raise CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
-        return read_config(resume_checkpoint), f"{CONFIG_NAME} beside {resume_checkpoint}"
+        return read_config(resume_checkpoint, note), f"{CONFIG_NAME} beside {resume_checkpoint}"
     return None, ""
