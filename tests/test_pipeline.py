@@ -72,7 +72,7 @@ def test_settings_of_a_checkpoint_without_a_config(checkpoint, tmp_path):
     assert np.array_equal(image, SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0])
     with pytest.raises(ConfigError, match=r"num_channels 64 contradicts .* num_channels 32 \(the weights in .*\.pt\)"):
         SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_channels": 64})
-    with pytest.raises(ConfigError, match="num_classes 9 .*contradicts .* 4 layout channels"):
+    with pytest.raises(ConfigError, match=r"num_classes 9 .*contradicts .* 4 layout channels"):
         SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_classes": 9})
 
 

@@ -11,11 +11,10 @@ from typing import IO, Any
 import torch
 
 from .files import CheckpointError, open_file
-from .pickled_objects import CutPickleError, foreign_objects, globals_in, globals_in_stream
+from .pickled_objects import CutPickleError, PickledObjectsError, foreign_objects, globals_in, globals_in_stream
 
 ZIP, PICKLE, SAFETENSORS = "zip", "pickle", "safetensors"  # torch.save's form, its form before 1.6, safetensors
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors' own readers allow
-CONVERT = "python scripts/convert_checkpoint.py"
 TRUNCATED = "is truncated: {}. The copy or download was cut short; fetch it again"
 
 _ZIP_BEGIN, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
@@ -90,6 +89,8 @@ def _what_it_is(head: bytes, path: str, announced: int) -> str:
         )
     if text.startswith((b"{", b"[")) and b"\0" not in head:
         return "is JSON text, not weights, whatever its name ends with: name the file that holds the weights"
+    if path.endswith(".safetensors") and len(head) < 9:
+        return TRUNCATED.format(f"{len(head)} bytes hold no header")
     if path.endswith(".safetensors") or head[8:9] == b"{":
         return (
             f"is no safetensors file, or its header lies: it would be {announced} bytes long, and the format allows "
@@ -171,11 +172,7 @@ def _why_unreadable(file: IO[bytes], path: str, kind: str, error: Exception) -> 
     except Exception as further:  # a file can be broken in any way, and this reads it without trust
         return CheckpointError(f"{path} is damaged ({type(further).__name__}: {further}); fetch it again")
     if objects:
-        shown = ", ".join(objects[:5]) + (f" and {len(objects) - 5} more" if len(objects) > 5 else "")
-        return CheckpointError(
-            f"{path} pickles Python objects ({shown}), and reading them would run code that the file names, so they "
-            f"are not read. {CONVERT} {path} OUT.safetensors takes the weights out of it without running anything"
-        )
+        return PickledObjectsError(path, objects)
     if "unexpected EOF" in str(error):
         return CheckpointError(f"{path} {TRUNCATED.format('the last of its tensors are not whole')}")
     if "weights_only" in str(error) or "WeightsUnpickler" in str(error):  # torch's advice is to switch that off

@@ -18,12 +18,26 @@ from typing import IO, Any
 
 import torch
 
+from .files import CheckpointError
+
 # What plain tensors and containers are pickled with.
 _PLAIN = re.compile(
     r"torch\.\w+|torch\.(cuda|storage)\.\w+Storage|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
     r"|torch\.nn\.parameter\.Parameter|collections\.OrderedDict|_codecs\.encode|(__)?builtins?(__)?\.(set|frozenset)"
 )
+CONVERT = "python scripts/convert_checkpoint.py"
 _LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of the storages: then their bytes
+
+
+class PickledObjectsError(CheckpointError):
+    """A checkpoint pickles objects, and reading it would run code that it names; `names` lists them."""
+
+    def __init__(self, path: str, objects: list[str]):
+        self.names = ", ".join(objects[:5]) + (f" and {len(objects) - 5} more" if len(objects) > 5 else "")
+        super().__init__(
+            f"{path} pickles Python objects ({self.names}), and reading them would run code that the file names, so "
+            f"they are not read. {CONVERT} {path} OUT.safetensors takes the weights out of it without running anything"
+        )
 
 
 class CutPickleError(ValueError):

@@ -51,7 +51,7 @@ def _load_plain(file: IO[bytes]) -> Any:
 def _attempt(read: Callable[[IO[bytes]], Any], file: IO[bytes]) -> tuple[Any, Exception | None]:
     try:
         return read(file), None
-    except MemoryError:
+    except (MemoryError, CheckpointError):
         raise
     except Exception as error:  # a file can be broken in any way
         return None, error
