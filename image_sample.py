@@ -59,6 +59,8 @@ def main() -> int:
             device=world.device,
             keep_modulations=config.keep_modulations,
             compile=config.compile,
+            weights_key=config.weights_key,
+            note=log,
             **given_of(flags, ModelConfig, DiffusionConfig),
         )
         pipeline.diffusion(sampling.timestep_respacing, sampling.num_steps)  # impossible steps are found here

@@ -11,12 +11,13 @@ import torch
 
 from guided_diffusion import dist_util
 from guided_diffusion.data.class_lists import CLASSES_KEY, class_record
-from guided_diffusion.data.specs import DataError, get_spec, read_dataset_json
+from guided_diffusion.data.specs import DataError, read_dataset_json
 from guided_diffusion.hosts.numerics import set_numerics
 from guided_diffusion.logger import Logger
 from guided_diffusion.objectives.denoising import Denoising
 from guided_diffusion.runs.agreement import check_same_flags
 from guided_diffusion.runs.plan_training import plan_training
+from guided_diffusion.runs.recorded import recorded_settings
 from guided_diffusion.runs.splits import open_splits
 from guided_diffusion.runs.stop_signals import EXIT_UNFINISHED
 from guided_diffusion.script_util import (
@@ -36,7 +37,6 @@ from guided_diffusion.settings import (
 )
 from guided_diffusion.train_util import TrainingDiverged, prepare_training
 from guided_diffusion.weights.store import CheckpointError
-from guided_diffusion.weights.transfer_settings import settings_to_start
 
 
 def main() -> int:
@@ -52,10 +52,7 @@ def main() -> int:
         plan = build_config(PlanConfig, flags)
         data.check()
         logdir = config.logdir or os.environ.get("OPENAI_LOGDIR") or "OUTPUT/run"
-        # Rank 0 reads for all: the other hosts need not see its log directory.
-        recorded, source = world.on_main(lambda: settings_to_start(flags, config, data, logdir))
-        if recorded is None and "num_classes" not in flags:  # as many as the data set has
-            flags["num_classes"] = get_spec(data.dataset_mode, data.data_dir or None).num_classes
+        recorded, source, notes = recorded_settings(flags, data, config, logdir, world)
         model_config, diffusion_config, config.precision = network_settings(
             flags, recorded, source, precision=config.precision, training=True
         )
@@ -63,7 +60,8 @@ def main() -> int:
         dataset, validation = (None, None) if alone else open_splits(data, config, model_config, recorded)
         logger = Logger(logdir, active=world.is_main, tensorboard=config.tensorboard)
         logger.log(f"log directory: {os.path.abspath(logdir)}")
-        logger.log(world.describe())
+        for line in (world.describe(), *notes):
+            logger.log(line)
         if plan.dry_run:
             return plan_training(
                 plan, config=config, model_config=model_config, diffusion_config=diffusion_config, data=data,

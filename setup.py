@@ -43,6 +43,7 @@ setup(
         "Pillow>=10.1",
         "scipy",
         "lpips>=0.1.4",
+        "safetensors>=0.4.3",
         "tqdm",
     ],
     extras_require={

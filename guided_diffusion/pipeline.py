@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import tempfile
 import threading
@@ -45,8 +46,10 @@ from .settings import (
 )
 from .unet import UNetModel
 from .weights import hub, store
+from .weights.from_shapes import describe
 from .weights.model_card import About, Example, card_files, read_figures
 
+_LOG = logging.getLogger(__name__)
 MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselves need nearly as much
 
 
@@ -115,21 +118,31 @@ class SDMPipeline:
         device: torch.device | str | None = None,
         keep_modulations: str = "auto",
         compile: bool = False,
+        weights_key: str = "",
+        note: Callable[[str], None] = _LOG.warning,
         **settings: Any,
     ) -> SDMPipeline:
-        """Loads a checkpoint of this project, which has its config beside it, or a published one with `settings`.
+        """Loads a checkpoint: one of this project, which has its config beside it, or any file of such weights
+        (docs/checkpoints.md). Without a config the weights show most settings; the rest is as published, where
+        `settings` do not say otherwise.
 
-        :param settings: of the network and the diffusion; they may repeat but not contradict the config.
+        :param weights_key: which weights, where the file holds several.
+        :param note: is told what was unwrapped or converted, and which settings are not verified.
+        :param settings: of the network and the diffusion; they may repeat but not contradict the config or the weights.
         :raises ConfigError: a contradiction, an unknown setting. :raises CheckpointError: a damaged or other file.
         :raises DataError: recorded classes that do not fit the network.
         """
         path = os.fspath(path)  # text from here on: a checkpoint may be a URL, too
-        recorded = store.read_config(path)
         check_known(settings, ModelConfig, DiffusionConfig)
-        source = f"{store.CONFIG_NAME} beside {path}"
+        recorded, source = store.read_config(path, note), f"{store.CONFIG_NAME} beside {path}"
+        weights = None
+        if recorded is None:
+            weights = store.load_weights(path, weights_key, note)
+            recorded, source = describe(weights, settings, path, note)
         model_config, diffusion_config, precision = network_settings(settings, recorded, source, precision=precision)
         classes = recorded_classes(recorded, model_config.num_classes, source)
-        weights = (hub.read_weights if path.endswith(".safetensors") else store.load_weights)(path)
+        if weights is None:  # read last: what contradicts the config is found before
+            weights = store.load_weights(path, weights_key, note)
         with torch.device("meta"):  # no time spent on initial weights
             model = create_model(model_config, diffusion_config.learn_sigma)
         store.load_state_into(model, weights, path)

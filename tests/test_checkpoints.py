@@ -248,15 +248,17 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half"])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, said", [(b"", "is empty"), (b"not a checkpoint", "is no checkpoint"), ("half", "is truncated")]
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, said):
     path = tmp_path / "model.pt"
     if content == "half":
         torch.save({"w": torch.zeros(1000)}, path)
         truncate(path)
     else:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.pt is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match=rf"model\.pt {said}"):
         store.load(str(path))
 
 

@@ -65,14 +65,14 @@ def test_a_file_is_as_good_as_an_array(checkpoint, tmp_path):
     assert np.array_equal(pipeline(LABEL, **FAST)[0], pipeline(tmp_path / "layout.png", **FAST)[0])
 
 
-def test_a_published_checkpoint_needs_its_settings(checkpoint, tmp_path):
+def test_settings_of_a_checkpoint_without_a_config(checkpoint, tmp_path):
     alone = tmp_path / "published.pt"
     alone.write_bytes(open(checkpoint, "rb").read())  # noqa: SIM115
     image = SDMPipeline.from_checkpoint(str(alone), **SETTINGS)(LABEL, **FAST)[0]
     assert np.array_equal(image, SDMPipeline.from_checkpoint(checkpoint)(LABEL, **FAST)[0])
-    with pytest.raises(store.CheckpointError, match="does not fit the network"):
+    with pytest.raises(ConfigError, match=r"num_channels 64 contradicts .* num_channels 32 \(the weights in .*\.pt\)"):
         SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_channels": 64})
-    with pytest.raises(store.CheckpointError, match="4 layout channels, the flags give 9"):
+    with pytest.raises(ConfigError, match=r"num_classes 9 .*contradicts .* 4 layout channels"):
         SDMPipeline.from_checkpoint(str(alone), **{**SETTINGS, "num_classes": 9})
 
 
@@ -213,9 +213,13 @@ def test_checkpoints_that_cannot_be(checkpoint, folder, tmp_path):
     with pytest.raises(store.CheckpointError, match="there is no checkpoint"):
         SDMPipeline.from_checkpoint(str(tmp_path / "none.pt"), **SETTINGS)
     whole = open(checkpoint, "rb").read()  # noqa: SIM115
-    for name, content in (("half.pt", whole[: len(whole) // 2]), ("empty.pt", b""), ("text.pt", b"not a checkpoint")):
+    for name, content, said in (
+        ("half.pt", whole[: len(whole) // 2], "truncated"),
+        ("empty.pt", b"", "empty"),
+        ("text.pt", b"not a checkpoint", "no checkpoint"),
+    ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(store.CheckpointError, match=f"{name} is not a whole checkpoint"):
+        with pytest.raises(store.CheckpointError, match=f"{name} is {said}"):
             SDMPipeline.from_checkpoint(str(tmp_path / name), **SETTINGS)
 
 

@@ -129,6 +129,7 @@ def sampling_record(
         "images": {
             "model_sha256": store.file_hash(config.model_path),
             **({"guide_sha256": store.file_hash(guide)} if pipeline.guide(sampling) else {}),
+            **({"weights_key": config.weights_key} if config.weights_key else {}),
             "seed": config.seed,
             "precision": pipeline.precision,
             **chosen,

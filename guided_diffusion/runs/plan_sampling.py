@@ -32,7 +32,15 @@ from .sampling_run import SampleRun
 
 
 def pretended_pipeline(
-    path: str, *, precision: str, device: Any, keep_modulations: str, compile: bool, **settings: Any
+    path: str,
+    *,
+    precision: str,
+    device: Any,
+    keep_modulations: str,
+    compile: bool,
+    weights_key: str = "",
+    note: Log = print,
+    **settings: Any,
 ) -> SDMPipeline:
     """`SDMPipeline.from_checkpoint`, of which only shapes remain once the file is read and checked. An empty path: the
     network of `settings` alone. `device` and `compile` are those of the run to come, and not used.
@@ -41,7 +49,8 @@ def pretended_pipeline(
     """
     options = dict(device="meta", keep_modulations=keep_modulations)
     if path:
-        return SDMPipeline.from_checkpoint(path, precision=precision, **options, **settings)
+        reading = dict(precision=precision, weights_key=weights_key, note=note)
+        return SDMPipeline.from_checkpoint(path, **reading, **options, **settings)
     model_config, diffusion_config = build_config(ModelConfig, settings), build_config(DiffusionConfig, settings)
     with torch.device("meta"):
         model = create_model(model_config, diffusion_config.learn_sigma)

@@ -213,17 +213,17 @@ def _check(
     except ValueError as error:
         raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
     check_folder(logdir, "logdir", "log directory")
-    ranks = dict(world_size=world.size, global_batch=global_batch)
+    options = dict(world_size=world.size, global_batch=global_batch, weights_key=config.weights_key)
     request = Request.of(config, class_names, model.layout_channels, model.out[-1].out_channels)
     directory = LogDirectory(logdir, reads_only=True)
-    start = find_start(directory, config.resume_checkpoint, config.ema_rates(), **ranks, log=log, request=request)
-    _read_start(start, model, config)
+    start = find_start(directory, config.resume_checkpoint, config.ema_rates(), **options, log=log, request=request)
+    _read_start(start, model, config, log)
     return start
 
 
-def _read_start(start: Start, model: torch.nn.Module, config: TrainConfig) -> None:
+def _read_start(start: Start, model: torch.nn.Module, config: TrainConfig, log: Log) -> None:
     """Reads the files that a start would read. :raises CheckpointError: one is damaged, or of another network."""
-    readers: list[tuple[Any, str]] = [(start.read_model, start.model)]
+    readers: list[tuple[Any, str]] = [(lambda: start.read_model(log), start.model)]
     readers += [(lambda rate=rate: start.read_ema(rate), start.emas.get(rate, "")) for rate in config.ema_rates()]
     for read, path in readers:
         if (state := read()) is not None:

@@ -22,6 +22,13 @@ from .optimizers import load_optimizer_state, make_optimizer, to_cpu
 from .state import TrainingState
 
 Log = Callable[[str], None]
+_PLACES = (
+    "logdir",
+    "resume_checkpoint",
+    "weights_key",
+    "transfer_from",
+    "class_map",
+)  # settings of a start, not of a run
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Start:
     step: int = 0
     samples_seen: int = 0
     model: str = ""
+    weights_key: str = ""  # which weights of that file
     emas: dict[str, str] = field(default_factory=dict)  # by rate
     optimizer: str = ""
     continues: bool = False  # the log directory's own run
@@ -40,11 +48,11 @@ class Start:
 
     # One file at a time, as every rank of a host gets a copy. :raises CheckpointError: it is damaged.
 
-    def read_model(self) -> dict[str, torch.Tensor] | None:
+    def read_model(self, log: Log | None = None) -> dict[str, torch.Tensor] | None:
         """The weights; None: new ones."""
         if self.transfer is not None:
-            return self.transfer.weights()
-        return store.load_weights(self.model) if self.model else None
+            return self.transfer.weights(log)
+        return store.load_weights(self.model, self.weights_key, log) if self.model else None
 
     def read_ema(self, rate: str) -> dict[str, torch.Tensor] | None:
         """The averaged weights; None: equal to the weights."""
@@ -64,6 +72,7 @@ def find_start(
     global_batch: int,
     log: Log,
     request: Request | None = None,
+    weights_key: str = "",
 ) -> Start:
     """The newest complete checkpoint of the log directory, else `resume_checkpoint`, or the transfer that is requested,
     else new weights; says which.
@@ -112,7 +121,7 @@ def find_start(
         base = {"checkpoint": resume_checkpoint, "sha256": store.file_hash(resume_checkpoint)}
     if step is None:
         log(f"starting a new run from the weights in {resume_checkpoint}")
-        return Start(model=resume_checkpoint, base=base)
+        return Start(model=resume_checkpoint, weights_key=weights_key, base=base)
     log(f"continuing at step {step} from {resume_checkpoint}")
     folder = os.path.dirname(resume_checkpoint)
     if not store.exists(resume_checkpoint):
@@ -122,7 +131,8 @@ def find_start(
             f"the checkpoint of step {step} in {folder or '.'} is damaged ({problem}): start from another one"
         )
     seen = _samples_seen(store.read_manifest(folder, step), step, global_batch, log)
-    return Start(step=step, samples_seen=seen, base=base, **_files_beside(resume_checkpoint, step, rates, log))
+    files = _files_beside(resume_checkpoint, step, rates, log)
+    return Start(step=step, samples_seen=seen, weights_key=weights_key, base=base, **files)
 
 
 def _samples_seen(manifest: dict[str, Any], step: int, global_batch: int, log: Log) -> int:
@@ -163,12 +173,11 @@ def _files_beside(model: str, step: int, rates: Sequence[str], log: Log) -> dict
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Which settings of a run's config.json differ from those of now: "NAME BEFORE -> NOW"."""
-    places = ("logdir", "resume_checkpoint", "transfer_from", "class_map")
     return [
         f"{name} {saved[group][name]!r} -> {value!r}"
         for group in ("data", "training", "model", "diffusion")
         for name, value in now.get(group, {}).items()
-        if name in saved.get(group, {}) and saved[group][name] != value and name not in places
+        if name in saved.get(group, {}) and saved[group][name] != value and name not in _PLACES
     ]
 
 
@@ -203,10 +212,10 @@ def begin_training(
     except ValueError as error:
         raise ConfigError(f"{error} (--image_size, --channel_mult)") from error
     rates = config.ema_rates()
-    ranks = dict(world_size=world.size, global_batch=config.batch_size * world.size)
+    options = dict(world_size=world.size, global_batch=config.batch_size * world.size, weights_key=config.weights_key)
     request = Request.of(config, class_names, model.layout_channels, model.out[-1].out_channels)
     start = world.on_main(
-        lambda: find_start(directory, config.resume_checkpoint, rates, **ranks, log=log, request=request)
+        lambda: find_start(directory, config.resume_checkpoint, rates, **options, log=log, request=request)
     )
     if precision == "fp16" and world.device.type == "cpu":
         log("note: float16 is slow on a CPU; --precision bf16 or fp32 is better there")
@@ -218,7 +227,7 @@ def begin_training(
         model = model.to(world.device)
     else:
         model = model.to(world.device, memory_format=torch.channels_last)
-    _load_weights(model, start, world)
+    _load_weights(model, start, world, log)
     emas = {rate: _load_average(model, rate, start, world) for rate in rates}
     parameters = list(model.parameters())
     optimizer = make_optimizer(
@@ -248,8 +257,8 @@ def begin_training(
     return state
 
 
-def _load_weights(model: UNetModel, start: Start, world: World) -> None:
-    weights = world.on_main(start.read_model)
+def _load_weights(model: UNetModel, start: Start, world: World, log: Log) -> None:
+    weights = world.on_main(lambda: start.read_model(log))
     if weights is not None:
         store.load_state_into(model, weights, start.model)
     elif world.size > 1:  # the seed gives every rank the same weights; make sure of it

@@ -134,18 +134,6 @@ def _sync(path: str) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_weights(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file. :raises CheckpointError: it is not there, or no whole file of this kind."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole .safetensors file ({error}). Was the copy or download cut short? Fetch it again."
-        ) from error
-
-
 def locate(source: str | os.PathLike, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """The weights' file of a folder, or of a repository on a hub (fetched into its cache), and the folder's config.
 

@@ -10,32 +10,59 @@ whose files differ from it, does not count. Beside the sets stand `model.pt` (th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import pickle
 import re
-import shutil
-import socket
-import stat
-from collections.abc import Callable, Iterator
-from typing import IO, Any, BinaryIO
+from collections.abc import Callable
+from typing import Any
 
 import blobfile
 import torch
 
-from ..data.json_text import parse_json
-from ..data.own_files import is_temporary, plain_names, temporary_path
-from .config import checked_config
+from ..data.own_files import is_temporary, plain_names
+from .atomic import atomic_write, publish, write_json
+from .config import CONFIG_NAME, read_config
+from .files import CheckpointError, exists, file_hash, join, read_json
+from .fitting import load_state_into
+from .folder_lock import LOCK_NAME, lock
+from .reading import load, load_weights
 
-CONFIG_NAME = "config.json"
+__all__ = [  # what callers know as the store's, wherever in this room it is written
+    "CONFIG_NAME",
+    "LOCK_NAME",
+    "MODEL_NAME",
+    "CheckpointError",
+    "atomic_write",
+    "check_vacant",
+    "damage",
+    "ema_name",
+    "exists",
+    "file_hash",
+    "join",
+    "load",
+    "load_state_into",
+    "load_weights",
+    "lock",
+    "manifest_name",
+    "manifest_steps",
+    "model_name",
+    "newest_complete",
+    "note_divergence",
+    "optimizer_name",
+    "prune",
+    "publish",
+    "read_config",
+    "read_json",
+    "read_manifest",
+    "recorded_config",
+    "remove_leftovers",
+    "save_set",
+    "step_of",
+    "write_json",
+]
+
 MODEL_NAME = "model.pt"
-LOCK_NAME = ".lock"
 _MANIFEST = re.compile(r"checkpoint(\d+)\.json$")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or written; the message names the file and the remedy."""
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -64,65 +91,6 @@ def step_of(path: str) -> int | None:
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[BinaryIO]:
-    """A file that appears under `path` whole or not at all.
-
-    Written under a temporary name in the same folder, synced and renamed.
-    :raises CheckpointError: the disk is full, the folder read-only, ...; `path` is as it was.
-    """
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        # torch.save turns a failed write into RuntimeError.
-        if isinstance(error, (OSError, RuntimeError)):
-            raise CheckpointError(
-                f"cannot write {path}: {error} (is the disk full or the folder read-only?); what was there is unharmed"
-            ) from error
-        raise
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str, content: Any) -> None:
-    """Writes `content` whole or not at all."""
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def publish(source: str, target: str) -> None:
-    """Gives the file `source` the second name `target` at once: a hard link where the file system can, else a copy.
-
-    :raises CheckpointError: `target` cannot be written; it is as it was.
-    """
-    temporary = temporary_path(target)
-    try:
-        os.link(source, temporary)
-        # Onto another name of the same file a rename does nothing, and would leave the temporary name.
-        if os.path.exists(target) and os.path.samefile(source, target):
-            os.remove(temporary)
-        else:
-            os.replace(temporary, target)
-        _sync_folder(os.path.dirname(target) or ".")
-    except OSError:
-        with open(source, "rb") as original, atomic_write(target) as copy:
-            shutil.copyfileobj(original, copy)
 
 
 def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], manifest: dict[str, Any]) -> None:
@@ -155,15 +123,6 @@ def save_set(folder: str, step: int, contents: dict[str, Callable[[], Any]], man
             os.remove(intent)
 
 
-def file_hash(path: str) -> str:
-    """The SHA-256 of a file (local or a blobfile URL)."""
-    digest = hashlib.sha256()
-    with _open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def prune(folder: str, keep: int, newest: int) -> None:
     """Removes the sets before the `keep` that end with step `newest`; 0 keeps all.
 
@@ -187,54 +146,6 @@ def _set_files(manifest: dict[str, Any], step: int) -> list[str]:
     return [name for name in plain_names(manifest.get("files")) if re.fullmatch(rf".*\D{step:06d}\.pt", name)]
 
 
-def lock(folder: str, flag: str = "logdir", look: bool = False) -> IO[str] | None:
-    """Takes the folder for this process, as long as the returned file is open; None where locks are not to be had.
-
-    :param flag: which gives the folder. :param look: only see whether another process has it; writes nothing.
-    :raises CheckpointError: another process has it (the message names that process), or `.lock` is not a lock file.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    path = os.path.join(folder, LOCK_NAME)
-    if look and not os.path.lexists(path):
-        return None
-    file = _open_lock(path, flag, look)
-    try:
-        # A record lock is the process's own: workers that outlive a killed run do not hold it.
-        fcntl.lockf(file, (fcntl.LOCK_SH if look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise CheckpointError(
-            f"{folder} is in use by another run ({file.read().strip() or 'unknown'}): stop it, or give another --{flag}"
-        ) from error
-    except OSError:  # a file system without locks
-        return None
-    if look:
-        file.close()
-        return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
-def _open_lock(path: str, flag: str, look: bool) -> IO[str]:
-    """The lock file, made where it is missing (not to `look`). What is there may be somebody's own file, by a link or
-    by this very name: a CheckpointError then, as its content would be replaced."""
-    refusal = CheckpointError(f"{path} is a link, or no lock file of ours: move it away, or give another --{flag}")
-    if os.path.islink(path) or os.path.isdir(path):
-        raise refusal
-    access = os.O_RDONLY if look else os.O_RDWR | os.O_CREAT | os.O_APPEND
-    descriptor = os.open(path, access | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    status, begin = os.fstat(descriptor), b"process "
-    if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and os.read(descriptor, len(begin)) in (b"", begin):
-        return os.fdopen(descriptor, "r" if look else "r+", encoding="utf-8")
-    os.close(descriptor)
-    raise refusal
-
-
 def remove_leftovers(folder: str) -> None:
     """Removes what writers that were killed have left: temporary files, and the files of a set without its manifest. A
     folder that is not there has none."""
@@ -251,7 +162,7 @@ def remove_leftovers(folder: str) -> None:
                 os.remove(os.path.join(folder, name))
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- finding ----------------------------------------------------------------------------------------------------------
 
 
 def manifest_steps(folder: str) -> list[int]:
@@ -259,26 +170,6 @@ def manifest_steps(folder: str) -> list[int]:
     if not os.path.isdir(folder):
         return []
     return sorted(int(match.group(1)) for name in os.listdir(folder) if (match := _MANIFEST.fullmatch(name)))
-
-
-def _open(path: str, mode: str) -> IO:
-    """A file on this machine or, by blobfile, an object in a bucket (which takes a colon in a name for a URL)."""
-    return blobfile.BlobFile(path, mode) if "://" in path else open(path, mode)
-
-
-def exists(path: str) -> bool:
-    """Whether there is such a file, local or a blobfile URL."""
-    return blobfile.exists(path) if "://" in path else os.path.exists(path)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """The object that a JSON file holds; empty where there is none."""
-    try:
-        with _open(path, "rb") as file:
-            content = parse_json(file.read())
-    except (OSError, ValueError, blobfile.Error):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def damage(folder: str, step: int, whole: bool = True) -> str | None:
@@ -304,11 +195,6 @@ def damage(folder: str, step: int, whole: bool = True) -> str | None:
         except (OSError, blobfile.Error) as error:
             return f"{name} cannot be read: {error}"
     return None
-
-
-def join(folder: str, name: str) -> str:
-    """The path of a file in a folder, local or a blobfile URL."""
-    return blobfile.join(folder, name) if "://" in folder else os.path.join(folder, name)
 
 
 def newest_complete(folder: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -362,86 +248,6 @@ def check_vacant(folder: str) -> None:
         )
 
 
-def load(path: str) -> Any:
-    """What `torch.save` wrote to `path` (local or a blobfile URL), on the CPU; only plain data is accepted.
-
-    :raises CheckpointError: missing, truncated, or no such file.
-    """
-    if not exists(path):
-        raise CheckpointError(f"there is no checkpoint {path}")
-    try:
-        with _open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint ({reason}). Was the copy or download cut short? Fetch it again."
-        ) from error
-
-
-def load_weights(path: str) -> dict[str, torch.Tensor]:
-    """A network's state dict. :raises CheckpointError: see `load`; or it holds something else."""
-    state = load(path)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} does not hold a network's state dict (is it an opt file? use model or ema)")
-    return state
-
-
-def load_state_into(model: torch.nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    """Loads weights after checking every name and shape.
-
-    :raises CheckpointError: says how the checkpoint differs from the network that the flags describe.
-    """
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    differing = [
-        f"{n}: {list(state[n].shape)} in the file, {list(own[n].shape)} in the network"
-        for n in own.keys() & state.keys()
-        if state[n].shape != own[n].shape
-    ]
-    if not (missing or extra or differing):
-        # assign: a network on the meta device takes the tensors as they are
-        model.load_state_dict(state, assign=next(model.parameters()).is_meta)
-        return
-    layout = "middle_block.0.in_norm.mlp_shared.0.weight"
-    parts = []
-    if layout in state and layout in own and state[layout].shape[1] != own[layout].shape[1]:
-        parts.append(
-            f"it was trained with {state[layout].shape[1]} layout channels, the flags give {own[layout].shape[1]} "
-            "(num_classes, plus 1 unless no_instance is True)"
-        )
-    first = "input_blocks.0.0.weight"
-    if first in state and state[first].shape != own[first].shape:
-        parts.append(
-            f"its first convolution has {state[first].shape[0]} channels, not {own[first].shape[0]} (num_channels)"
-        )
-    if missing:
-        parts.append(f"{len(missing)} weights are missing, for example {missing[0]}")
-    if extra:
-        parts.append(f"{len(extra)} weights are not known to the network, for example {extra[0]}")
-    if differing:
-        parts.append(f"{len(differing)} shapes differ, for example {sorted(differing)[0]}")
-    raise CheckpointError(f"{path} does not fit the network that the flags describe: {'; '.join(parts)}")
-
-
-def read_config(checkpoint: str) -> dict[str, Any] | None:
-    """The config that stands beside a checkpoint; None where there is none (a published checkpoint).
-
-    :raises CheckpointError: it is there, but damaged (see `checked_config`).
-    """
-    path = join(os.path.dirname(checkpoint), CONFIG_NAME)
-    if not exists(path):
-        return None
-    try:
-        with _open(path, "rb") as file:
-            return checked_config(parse_json(file.read()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is not the config of a training run ({type(error).__name__}: {error}); restore it, or remove it "
-            "and give all flags"
-        ) from error
-
-
 def read_manifest(folder: str, step: int) -> dict[str, Any]:
     """The manifest of `step`; empty where there is none (a checkpoint of another program), or it is not one."""
     manifest = read_json(join(folder, manifest_name(step)))
@@ -453,7 +259,9 @@ def read_manifest(folder: str, step: int) -> dict[str, Any]:
     return manifest if whole else {}
 
 
-def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any] | None, str]:
+def recorded_config(
+    logdir: str, resume_checkpoint: str, note: Callable[[str], None] | None = None
+) -> tuple[dict[str, Any] | None, str]:
     """The settings that a new start is bound to, and the file they stand in: those of the run in `logdir`, else those
     beside the checkpoint to start from, else none."""
     if manifest_steps(logdir):
@@ -461,5 +269,5 @@ def recorded_config(logdir: str, resume_checkpoint: str) -> tuple[dict[str, Any]
     if resume_checkpoint:
         if not exists(resume_checkpoint):
             raise CheckpointError(f"there is no checkpoint {resume_checkpoint} (--resume_checkpoint)")
-        return read_config(resume_checkpoint), f"{CONFIG_NAME} beside {resume_checkpoint}"
+        return read_config(resume_checkpoint, note), f"{CONFIG_NAME} beside {resume_checkpoint}"
     return None, ""

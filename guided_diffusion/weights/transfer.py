@@ -18,6 +18,7 @@ from ..settings import ConfigError, TrainConfig
 from . import store
 from .checkpoint_classes import known_classes
 from .class_map import MEAN, NONE, Row, match_classes, read_class_map, without_meaning
+from .reading import Note
 
 JSON_NAME, TEXT_NAME = "transfer.json", "transfer.txt"  # in the log directory
 LAYOUT_WEIGHT = ".mlp_shared.0.weight"  # the end of the names of weights [128, layout channels, 3, 3]
@@ -95,6 +96,7 @@ class Request:
     edge: bool
     learn_sigma: bool
     seed: int
+    weights_key: str = ""  # which weights, where the file holds several
 
     @staticmethod
     def of(config: TrainConfig, classes: Sequence[str], layout_channels: int, out_channels: int) -> Request | None:
@@ -102,7 +104,9 @@ class Request:
         if not config.transfer_from:
             return None
         edge, learn_sigma = layout_channels > len(classes), out_channels > _IMAGE_CHANNELS
-        return Request(config.transfer_from, config.class_map, tuple(classes), edge, learn_sigma, config.seed)
+        return Request(
+            config.transfer_from, config.class_map, tuple(classes), edge, learn_sigma, config.seed, config.weights_key
+        )
 
     def read(self) -> Transfer:
         """Reads the checkpoint and the map.
@@ -110,7 +114,7 @@ class Request:
         :raises CheckpointError: it is damaged, is no SDM network, or does not fit its own config. :raises ConfigError:
             the map is wrong, or names are needed that are not known.
         """
-        state = _read(self.checkpoint)
+        state = _read(self.checkpoint, self.weights_key)
         channels = state[_LANDMARKS[2]].shape[1]
         old_classes, old_edge = known_classes(self.checkpoint, channels)
         class_map = read_class_map(self.class_map) if self.class_map else None
@@ -143,11 +147,12 @@ class Transfer:
     old_edge: bool
     old_learn_sigma: bool
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self, note: Note | None = None) -> dict[str, torch.Tensor]:
         """The new network's state dict. :raises CheckpointError: the file has been damaged since."""
+        asked = self.request
         return adapt(
-            _read(self.request.checkpoint), self.rows, old_edge=self.old_edge, new_edge=self.request.edge,
-            learn_sigma=self.request.learn_sigma, seed=self.request.seed,
+            _read(asked.checkpoint, asked.weights_key, note), self.rows, old_edge=self.old_edge, new_edge=asked.edge,
+            learn_sigma=asked.learn_sigma, seed=asked.seed,
         )  # fmt: skip
 
     def base(self) -> dict[str, str]:
@@ -222,9 +227,9 @@ def _change(before: bool, now: bool) -> str:
     )
 
 
-def _read(checkpoint: str) -> dict[str, torch.Tensor]:
+def _read(checkpoint: str, key: str, note: Note | None = None) -> dict[str, torch.Tensor]:
     """:raises CheckpointError: it cannot be read, or is no SDM network."""
-    state = store.load_weights(checkpoint)
+    state = store.load_weights(checkpoint, key, note)
     if missing := [name for name in _LANDMARKS if name not in state]:
         raise store.CheckpointError(
             f"{checkpoint} holds no SDM network: it has no {missing[0]} (it has {len(state)} weights, the first is "

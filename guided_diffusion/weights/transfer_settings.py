@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..data.listing import has_instance_maps
 from ..data.specs import get_spec
 from ..settings import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
 from . import store
+from .checkpoint_classes import known_classes
+from .from_shapes import describe, read_shapes
 
 _PREDICTIONS = ("predict_xstart", "predict_v")
+# What a flag says of these is of the new network, and need not be so in the checkpoint.
+_ADAPTED = ("image_size", "attention_resolutions", "channel_mult", "learn_sigma", "num_classes", "no_instance")
 
 
 def settings_to_start(
-    given: dict[str, Any], config: TrainConfig, data: DataConfig, logdir: str
+    given: dict[str, Any], config: TrainConfig, data: DataConfig, logdir: str, note: Callable[[str], None]
 ) -> tuple[dict[str, Any] | None, str]:
     """The settings that a new start is bound to, and the file they stand in: see `store.recorded_config`. For a run
     that begins with a transfer, those of the checkpoint that do not depend on its data (see `carried_settings`).
 
-    :param given: the flags.
+    :param given: the flags. :param note: is told how a checkpoint was read.
     :raises CheckpointError: there is no such checkpoint; or the run in `logdir` did not begin with a transfer.
     :raises ConfigError: see `carried_settings`. :raises DataError: see `get_spec`.
     """
-    recorded, source = store.recorded_config(logdir, config.resume_checkpoint)
+    recorded, source = store.recorded_config(logdir, config.resume_checkpoint, note)
     if config.transfer_from and not store.manifest_steps(logdir):
-        return _settings_of(config.transfer_from, given, data)
+        return _settings_of(config.transfer_from, config.weights_key, given, data, note)
     if config.transfer_from and "transfer_from" not in (recorded or {}).get("start", {}):
         raise store.CheckpointError(
             f"the run in {logdir} did not begin with --transfer_from, and would go on: give another --logdir to begin "
@@ -33,13 +38,19 @@ def settings_to_start(
     return recorded, source
 
 
-def _settings_of(checkpoint: str, given: dict[str, Any], data: DataConfig) -> tuple[dict[str, Any] | None, str]:
-    """What is carried over from the config beside a checkpoint; None where there is none."""
+def _settings_of(
+    checkpoint: str, key: str, given: dict[str, Any], data: DataConfig, note: Callable[[str], None]
+) -> tuple[dict[str, Any], str]:
+    """What is carried over from the config beside a checkpoint, else from what its weights show."""
     if not store.exists(checkpoint):
         raise store.CheckpointError(f"there is no checkpoint {checkpoint} (--transfer_from)")
-    recorded, source = store.read_config(checkpoint), f"{store.CONFIG_NAME} beside {checkpoint}"
+    recorded, source = store.read_config(checkpoint, note), f"{store.CONFIG_NAME} beside {checkpoint}"
     if recorded is None:
-        return None, ""
+        weights = store.load_weights(checkpoint, key)
+        names, edge = known_classes(checkpoint, read_shapes(weights, checkpoint).layout_channels)
+        own = {name: value for name, value in given.items() if name not in _ADAPTED}
+        split = {"num_classes": len(names), "no_instance": not edge}
+        recorded, source = describe(weights, own | split, checkpoint, note)
     classes = {}
     if "num_classes" not in given or "no_instance" not in given:
         spec = get_spec(data.dataset_mode, data.data_dir or None, given.get("num_classes"))
