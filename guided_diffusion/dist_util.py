@@ -157,7 +157,7 @@ class World:
         """
         return self.broadcast_tree(self.together(lambda: action() if self.is_main else None))
 
-    def all_heard(self, error: Exception) -> bool:
+    def all_heard(self, error: BaseException) -> bool:
         """Whether every rank has raised at the same place as this one, so that they can still do something together.
 
         False for an exception of this rank alone: the others wait for it, and do not know.
@@ -187,7 +187,7 @@ class World:
             self.barrier()  # a rank that has finished must not look like one that died
         except BaseException as error:
             if self._monitor is not None:
-                self._monitor.report(error)
+                self._monitor.report(error, self.all_heard(error))
             raise
         if self._monitor is not None:
             self._monitor.stop()

@@ -131,12 +131,17 @@ class RankMonitor:
             with contextlib.suppress(RuntimeError, dist.DistError):
                 self.store.set("alone is done", "")
 
-    def report(self, error: BaseException) -> None:
-        """Tells the other ranks that this one fails, and stays until they have heard of it."""
+    def report(self, error: BaseException, all_heard: bool = False) -> None:
+        """Tells the other ranks that this one fails, and stays until they have heard of it.
+
+        Not where they do not know yet (`all_heard`) and none has acted alone: that this one is gone will then wake
+        those that wait for it in a collective, and one of them may act.
+        """
         text = f"rank {self.rank} (host {self.host}) failed: {type(error).__name__}: {error}"
         with contextlib.suppress(Exception):  # should the one that acts alone die, this rank's own monitor ends it
             while self._who_acts_alone() is not None:
                 time.sleep(0.1)
+        at_once = not all_heard
         if lost_contact(error):
             # This rank saw a connection close. That rank says why, or the monitor finds out whose it was.
             print(f"rank {self.rank}: lost contact with another rank; finding out which", file=sys.stderr, flush=True)
@@ -144,7 +149,8 @@ class RankMonitor:
         with contextlib.suppress(Exception):
             if not isinstance(error, RemoteError) and not self.store.check(["failure"]):
                 self.store.set("failure", text)
-        self._leave()
+            at_once = at_once and not self.store.check(["alone"])
+        self._leave(at_once)
 
     def _end_with_the_failure_of_another(self) -> None:
         end = time.monotonic() + DEAD_AFTER_SECONDS + 5 * BEAT_SECONDS
@@ -157,13 +163,15 @@ class RankMonitor:
                 time.sleep(0.1)
         self.thread.join(max(0.0, end - time.monotonic()))
 
-    def _leave(self) -> None:
+    def _leave(self, at_once: bool = False) -> None:
+        """Stays until the others have heard: mpiexec kills them once one has ended, and this one may host the store."""
         self.stop()
-        if self.rank == 0:  # it may host the store, and must not take the message away with it
-            end = time.monotonic() + 4 * BEAT_SECONDS
-            with contextlib.suppress(Exception):
-                while time.monotonic() < end and any(self._beat(rank) != "done" for rank in range(1, self.size)):
-                    time.sleep(0.1)
+        if at_once and self.rank != 0:
+            return
+        end, others = time.monotonic() + 4 * BEAT_SECONDS, set(range(self.size)) - {self.rank}
+        with contextlib.suppress(Exception):
+            while time.monotonic() < end and any(self._beat(rank) != "done" for rank in others):
+                time.sleep(0.1)
 
     def stop(self) -> None:
         self.stopped.set()
