@@ -4,7 +4,8 @@
 
 For every split: pairs by name, headers (sizes, modes), then pixels (damaged files, ids that do not fit num_classes,
 colours of no class, instance maps). Writes into --report_dir: overview_SPLIT.png (layouts beside photographs),
-classes_SPLIT.png and classes.csv (how common each class is), problems.txt. The exit code is 1 where something is
+classes_SPLIT.png and classes.csv (how common each class is), duplicates.csv (photographs that are there twice, also
+saved again or resized), problems.txt. The exit code is 1 where something is
 wrong, 0 otherwise.
 """
 
@@ -20,6 +21,7 @@ from functools import partial
 import numpy as np
 
 from guided_diffusion.data.checks import SplitReport, check_headers, check_pixels, summarize
+from guided_diffusion.data.duplicates import find_duplicates
 from guided_diffusion.data.listing import Item, pair_files, printable, read_cache_settings, unread_files
 from guided_diffusion.data.specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
 from guided_diffusion.data.transforms import read_image, read_label, sampling_geometry
@@ -27,6 +29,7 @@ from guided_diffusion.hosts.parallel import map_in_processes
 from guided_diffusion.runs.pictures import bar_chart, colorize, contact_sheet, save_png
 
 SHOWN_PROBLEMS = 20
+MOST_DUPLICATES = 10_000
 SHOWN_SCENES = 6
 
 
@@ -101,6 +104,7 @@ def verify(spec: DatasetSpec, options: argparse.Namespace) -> list[str]:
             draw_split(spec, split, items, report, options)
     if reports:
         write_classes(spec, reports, options.report_dir)
+        write_duplicates(reports, options.report_dir)
     return problems
 
 
@@ -188,6 +192,28 @@ def write_classes(spec: DatasetSpec, reports: dict[str, SplitReport], report_dir
             shares += [report.pixels[i] / max(report.pixels.sum(), 1), report.images[i] / max(report.items, 1)]
         writer.writerow([i, name, *(f"{share:.6g}" for share in shares)])
     write_text(report_dir, "classes.csv", stream.getvalue())
+
+
+def write_duplicates(reports: dict[str, SplitReport], report_dir: str) -> None:
+    """Prints how many photographs are there twice, within and across splits; duplicates.csv names them."""
+    places = [(split, name) for split, report in reports.items() for name in report.fingerprints]
+    prints = [found for report in reports.values() for found in report.fingerprints.values()]
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["kind", "split", "name", "other_split", "other_name"])
+    pairs = find_duplicates(prints, MOST_DUPLICATES)
+    for i, j, equal in pairs:
+        (split, name), (other_split, other), kind = places[i], places[j], "exact" if equal else "near"
+        writer.writerow([kind, split, printable(name), other_split, printable(other)])
+        groups.setdefault((kind, split, other_split), []).append(f"{name} and {other}")
+    write_text(report_dir, "duplicates.csv", stream.getvalue())
+    for (kind, split, other), names in sorted(groups.items(), key=lambda group: group[0][1] == group[0][2]):
+        where = f"within {split}" if split == other else f"in both {split} and {other}, which then measures nothing new"
+        count = f"{len(names)} {kind} duplicate" + ("s" if len(names) > 1 else "")
+        print(f"note: {count} {where} ({printable(names[0])}{', ...' * (len(names) > 1)}; duplicates.csv)")
+    if len(pairs) == MOST_DUPLICATES:
+        print(f"note: there are more duplicates than the {MOST_DUPLICATES} that were looked for")
 
 
 def write_text(folder: str, name: str, text: str) -> None:
