@@ -85,7 +85,7 @@ class LayoutDataset(Dataset):
         index, position = key if isinstance(key, tuple) else (key, key)
         item, spec, notes = self.items[index], self.spec, Notes()
         label, table = read_label(item.label, spec, notes)
-        image = None if item.image is None else read_image(item.image, spec)
+        image = None if item.image is None else read_image(item.image, spec, notes)
         size = label.size if image is None else image.size
         if image is not None:
             check_sizes(spec, item.image, size, item.label, label.size, spec.label_scale)

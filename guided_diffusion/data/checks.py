@@ -88,7 +88,7 @@ def check_pixels(spec: DatasetSpec, item: Item) -> ItemReport:
 
 
 def _check_photograph(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
-    photograph = read_image(item.image, spec)
+    photograph = read_image(item.image, spec, report.notes)
     report.image_size, report.fingerprint = photograph.size, fingerprint(photograph)
 
 

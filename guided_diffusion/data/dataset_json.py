@@ -25,6 +25,7 @@ _JSON_KEYS = {
     "grey": bool,
     "exif": ("refuse", "apply", "ignore"),
     **dict.fromkeys(SUFFIXES, str),
+    "icc": ("convert", "ignore"),
     "max_pixels": int,
 }
 

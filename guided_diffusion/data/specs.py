@@ -106,6 +106,7 @@ class DatasetSpec:
     label_scale: bool = False  # labels may be smaller or larger than their photograph, of the same aspect
     grey: bool = False
     exif: str = "ignore"
+    icc: str = "ignore"  # colour profiles of photographs: "convert" (to sRGB) or "ignore"
     max_pixels: int | None = None  # of a picture file; None: as many as Pillow opens
     preparation: str = ""  # the end of a message about files that are missing: what makes them
 
@@ -333,6 +334,7 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
         label_scale=settings.get("label_scale", False),
         grey=settings.get("grey", False),
         exif=settings.get("exif", "refuse"),
+        icc=settings.get("icc", "convert"),
         max_pixels=settings.get("max_pixels"),
     )
     return with_num_classes(spec, num_classes)
