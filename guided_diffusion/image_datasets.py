@@ -160,6 +160,7 @@ def open_dataset(
     skip_bad: bool = False,
     training: bool | None = None,
     dataset_json: dict | None = None,
+    instances: str = "",
 ) -> LayoutDataset:
     """A split of a data set in one of the modes of `data.specs.DATASET_MODES`.
 
@@ -167,7 +168,8 @@ def open_dataset(
     flip; a further enlargement of up to 1 + `scale_jitter`), "val" and "test" the whole picture resized. labels_dir:
     take label maps alone from that folder (with `data_dir` for its `dataset.json` only), with the sampling transform;
     the `labels` of a results folder hold the network's ids already. dataset_json: see `get_spec`.
-    use_instances: read instance maps where the mode has them. skip_bad: training batches pass over unreadable items.
+    use_instances: read instance maps where the mode has them; instances: "from_labels" puts the label maps in their
+    place. skip_bad: training batches pass over unreadable items.
     Raises MissingSplitError for a folder that is not there and DataError for anything else that is wrong with the
     data.
     """
@@ -176,6 +178,8 @@ def open_dataset(
     if scale_jitter < 0:
         raise DataError(f"scale_jitter is {scale_jitter}; 0 switches it off, 0.5 enlarges by up to 1.5")
     spec = get_spec(dataset_mode, data_dir, num_classes, dataset_json)
+    if instances == "from_labels":
+        spec = replace(spec, instances="labels")
     if spec.segments_files:
         read_segments(spec.segments_files)  # now, and once for all workers
     if labels_dir is not None:

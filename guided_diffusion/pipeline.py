@@ -144,7 +144,8 @@ class SDMPipeline:
         """Makes `samples` images of one layout.
 
         :param label_map: a file, picture or array [H, W] of class ids as the network knows them.
-        :param instance_map: instance ids, of the same size, for a network with the edge channel.
+        :param instance_map: instance ids, of the same size, for a network with the edge channel; or "from_labels":
+            edges between classes take their place.
         :param batch_size: how many are made at a time; memory grows with it.
         :param seed: a whole number of any type (an element of np.arange, too).
         :param name: the layout's name, which is part of the seed (the sampling script uses the file's stem).
@@ -164,9 +165,16 @@ class SDMPipeline:
                 f"0 to {self.model_config.num_classes - 1}"
             )
         if (instance_map is None) != self.model_config.no_instance:
-            wants = "takes no" if self.model_config.no_instance else "needs an"
-            raise ValueError(f"this network {wants} instance_map")
-        instance = None if instance_map is None else self._read_map(instance_map, "instance map")
+            wants = (
+                "takes no instance_map"
+                if self.model_config.no_instance
+                else ('needs an instance_map (or instance_map="from_labels": edges between classes)')
+            )
+            raise ValueError(f"this network {wants}")
+        if isinstance(instance_map, str) and instance_map == "from_labels":
+            instance = label
+        else:
+            instance = None if instance_map is None else self._read_map(instance_map, "instance map")
         seeds, chosen = [image_seed(seed, name, index) for index in range(samples)], Sampling(**sampling)
         return [
             Image.fromarray(picture)

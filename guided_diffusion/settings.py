@@ -144,10 +144,15 @@ class DataConfig:
     data_dir: str = setting("", "folder (or gs://, az://, https:// address) of the data set")
     dataset_mode: str = setting("ade20k", "ade20k, cityscapes, celeba, coco or custom")
     num_workers: int = setting(2, "loader processes per rank")
+    instances: str = setting(
+        "", "from_labels: edges between classes in place of instance maps; empty: the data set's, or as in training"
+    )
 
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
         check_range(self, 0, "num_workers")
+        if self.instances not in ("", "from_labels"):
+            raise ConfigError(f"instances must be from_labels, or be left out; got {self.instances!r}")
         check_place("data_dir", self.data_dir, ("gs", "az", "https"))
 
 
