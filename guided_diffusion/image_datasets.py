@@ -185,6 +185,8 @@ def open_dataset(
     if labels_dir is not None:
         if holds_network_ids(labels_dir):
             spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None, segments_files=())
+        elif dataset_mode != "custom":
+            spec = replace(spec, palette_layouts=True)
         items = list_label_items(spec, labels_dir, use_instances)
     elif data_dir is None or not os.fspath(data_dir):
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")
