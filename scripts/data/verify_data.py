@@ -24,12 +24,14 @@ from guided_diffusion.data.checks import SplitReport, check_headers, check_pixel
 from guided_diffusion.data.duplicates import find_duplicates
 from guided_diffusion.data.listing import Item, pair_files, printable, read_cache_settings, unread_files
 from guided_diffusion.data.specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
+from guided_diffusion.data.thin_classes import Components, lost_components, thin_classes
 from guided_diffusion.data.transforms import read_image, read_label, sampling_geometry
 from guided_diffusion.hosts.parallel import map_in_processes
 from guided_diffusion.runs.pictures import bar_chart, colorize, contact_sheet, save_png
 
 SHOWN_PROBLEMS = 20
 MOST_DUPLICATES = 10_000
+MEASURED_MAPS = 200
 SHOWN_SCENES = 6
 
 
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", required=True, help="the data set; a folder or a bucket")
     parser.add_argument("--dataset_mode", required=True, choices=DATASET_MODES)
     parser.add_argument("--num_classes", type=int, help="the network's classes (default: those of the data set)")
-    parser.add_argument("--image_size", type=int, default=256, help="for the overview and the check of aspects")
+    parser.add_argument("--image_size", type=int, default=256, help="for the overview, and what is lost by resizing")
     parser.add_argument("--no_instance", default="False", help="True: do not ask for instance maps")
     parser.add_argument("--report_dir", default=os.path.join("OUTPUT", "verify"), help="where pictures and lists go")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
@@ -96,7 +98,7 @@ def verify(spec: DatasetSpec, options: argparse.Namespace) -> list[str]:
             continue  # val and test are one folder
         listed.update(item.image for item in items[:1])
         report = check_split(spec, split, items, options)
-        report.notes += unread_files(spec, options.data_dir, split)
+        report.notes += unread_files(spec, options.data_dir, split) + lost_classes(spec, items, options)
         problems += [f"{split}: {problem}" for problem in unpaired + report.problems]
         describe(spec, split, report)
         reports[split] = report
@@ -116,6 +118,23 @@ def check_split(spec: DatasetSpec, split: str, items: list[Item], options: argpa
     whole = [item for item, report in zip(items, headers, strict=True) if not report.problems]
     pixels = list(map_in_processes(partial(check_pixels, spec), whole, f"{split}: pixels", options.workers))
     return summarize(spec, items, headers, pixels, options.image_size)
+
+
+def lost_classes(spec: DatasetSpec, items: list[Item], options: argparse.Namespace) -> list[str]:
+    """A note where resizing to image_size loses most components of some classes; of MEASURED_MAPS label maps at most,
+    because it takes longer than the other checks."""
+    places = np.linspace(0, len(items) - 1, min(MEASURED_MAPS, len(items))).astype(int)
+    some, total = [items[place] for place in dict.fromkeys(places.tolist())], Components()
+    measure = partial(lost_components, spec, options.image_size)
+    for found in map_in_processes(measure, some, "components", options.workers):
+        total.add(found)
+    thin = [f"{spec.class_names[c]} ({lost} of {count})" for c, lost, count in thin_classes(total)]
+    if not thin:
+        return []
+    return [
+        f"at image size {options.image_size}, more than half of the areas of these classes vanish (in {len(some)} label"
+        f" maps): {', '.join(thin)}; train larger, or cut tiles (scripts/data/tile_dataset.py)"
+    ]
 
 
 def describe(spec: DatasetSpec, split: str, report: SplitReport) -> None:
