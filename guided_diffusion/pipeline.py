@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ class SDMPipeline:
             self.model.compile_prediction()
         self.model_config, self.diffusion_config = model_config, diffusion_config
         self.sharing_memory = 1  # processes among which the device's free memory is divided
+        self._size_is_noted = False
         self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
         self._lock = threading.Lock()  # for the two below, which calls from several threads share
         self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
@@ -211,6 +213,7 @@ class SDMPipeline:
                 f"{height}x{width}: both must have a value for every pixel"
             )
         self.model.check_size(height, width)
+        self._note_size(height, width)
         keeping = keeping or self.keeping(len(label), height, width)
         size = keeping.layouts if len(label) > 1 else len(seeds)
         return np.concatenate(
@@ -226,6 +229,18 @@ class SDMPipeline:
                 )
                 for first in range(0, len(seeds), size)
             ]
+        )
+
+    def _note_size(self, height: int, width: int) -> None:
+        """Warns, once, of a layout far from what the network has seen: its objects come out in the trained size."""
+        trained = self.model_config.image_size
+        if self._size_is_noted or (min(height, width) <= 1.5 * trained and max(height, width) <= 4 * trained):
+            return
+        self._size_is_noted = True
+        warnings.warn(
+            f"the layout is {width} x {height}, and the network was trained on {trained} x {trained} (or that short"
+            " side): it draws objects in the sizes that it has seen; resize the layout, or train at its size",
+            stacklevel=2,
         )
 
     def _generate(self, label, instance, noise, sampling, keep, progress, on_step) -> np.ndarray:

@@ -82,6 +82,21 @@ class ModelConfig:
                 )
         self.attention_downsamplings()
 
+    def check_attention(self) -> None:
+        """For a new training: one that goes on, and a checkpoint, may have such a height among others.
+
+        :raises ConfigError: attention at a height that no level of the network has.
+        """
+        levels = range(len(self.multipliers()))
+        asked = _numbers("attention_resolutions", self.attention_resolutions, int)
+        for resolution, factor in zip(asked, self.attention_downsamplings(), strict=True):
+            if factor not in [2**level for level in levels]:
+                heights = ", ".join(str(self.image_size // 2**level) for level in levels)
+                raise ConfigError(
+                    f"attention_resolutions {self.attention_resolutions!r}: no level of the network has the height"
+                    f" {resolution}; the heights are {heights} (image_size {self.image_size}, {len(levels)} levels)"
+                )
+
     def layout_channels(self) -> int:
         return self.num_classes + (not self.no_instance)
 
