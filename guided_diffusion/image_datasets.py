@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data.listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
 from .data.notes import Notes, tell_new
+from .data.sample_order import Positions
 from .data.segments import read_segments
 from .data.specs import DataError, DatasetSpec, MissingSplitError, get_spec
 from .data.transforms import (
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 SAMPLING_RECORD = "sampling.json"  # in a results folder: what its images were made with
-_ORDER, _BALANCE = 1, 2  # keep the streams of random numbers apart from each other; 0 would equal no third number
 
 
 class LayoutDataset(Dataset):
@@ -306,38 +306,6 @@ def _loader(
     )
 
 
-class _Positions:
-    """Endless batches of (item, global position) for one rank."""
-
-    def __init__(self, count: int, seed: int, batch_size: int, rank: int, world_size: int, start: int, weights):
-        self.count, self.seed, self.batch_size = count, seed, batch_size
-        self.rank, self.world_size, self.start, self.weights = rank, world_size, start, weights
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
-        position = self.start + self.rank * self.batch_size
-        while True:
-            batch = []
-            for p in range(position, position + self.batch_size):
-                if p // self.count != epoch:
-                    epoch = p // self.count
-                    order = _epoch_order(self.count, self.seed, epoch, self.weights)
-                batch.append((int(order[p % self.count]), p))
-            yield batch
-            position += self.world_size * self.batch_size
-
-
-def _epoch_order(count: int, seed: int, epoch: int, weights: np.ndarray | None) -> np.ndarray:
-    """The items of an epoch, [count]: a permutation, or in proportion to weights by systematic resampling."""
-    order = np.random.default_rng([seed, epoch, _ORDER]).permutation(count)
-    if weights is None:
-        return order
-    expected = weights / weights.sum() * count
-    ticks = np.random.default_rng([seed, epoch, _BALANCE]).random() + np.arange(count)
-    drawn = np.searchsorted(np.cumsum(expected[order]), ticks).clip(max=count - 1)
-    return order[drawn][np.random.default_rng([seed, epoch, _ORDER, _BALANCE]).permutation(count)]
-
-
 class TrainingBatches:
     """Endless iterator of a rank's training batches; `close` (or leaving a `with`) ends the workers.
 
@@ -401,7 +369,7 @@ def training_batches(
         weights = class_balance
     elif class_balance:
         weights = balance_weights(dataset, num_workers=num_workers)
-    positions = _Positions(len(dataset), dataset.seed, batch_size, rank, world_size, start, weights)
+    positions = Positions(len(dataset), dataset.seed, batch_size, rank, world_size, start, weights)
     return TrainingBatches(_loader(dataset, positions, num_workers, pin_memory, dataset.skip_bad), dataset.notes, log)
 
 

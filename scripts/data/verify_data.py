@@ -156,6 +156,7 @@ def describe(spec: DatasetSpec, split: str, report: SplitReport) -> None:
 def bits(mode: str) -> str:
     """What a Pillow mode means for a map."""
     names = {"L": "8 bits", "P": "8 bits with a palette", "1": "1 bit", "RGB": "colours"}
+    names |= {"RGBA": "colours and transparency", "LA": "8 bits and transparency", "F": "floating-point numbers"}
     return names.get(mode, "16 bits or more" if mode.startswith("I") else f"mode {mode}")
 
 
