@@ -13,7 +13,8 @@ from command_line import EvaluationError
 from PIL import Image
 from result_folders import raw_mode, shown
 
-IDS = 256  # label maps have 8 bits
+IDS = 65536  # label maps have 8 or 16 bits
+MOST_CLASSES = 8192  # their confusion matrix takes half a gigabyte
 IGNORED = -1
 FORBIDDEN = -2
 
@@ -24,6 +25,8 @@ REMAPS = {
     "cityscapes": {label_id: index for index, label_id in enumerate(CITYSCAPES_IDS)},
     "ade20k": {label_id: label_id for label_id in range(150)},
     "ade20k-annotations": {label_id: label_id - 1 for label_id in range(1, 151)},
+    # CelebAMask-HQ: ids of the face parser that most code uses (face-parsing.PyTorch) to those of the data's authors.
+    "celeba-face-parser": dict(enumerate((0, 1, 6, 7, 4, 5, 3, 8, 9, 15, 2, 10, 11, 12, 17, 16, 18, 13, 14))),
 }
 
 # What gives ids back as they were stored, as Pillow names formats and a TIFF's compression (the latter's beginnings).
@@ -34,15 +37,15 @@ LOSSLESS_TIFF = ("raw", "packbits", "group3", "group4", "lzma", "zstd", "tiff_ra
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes that are scored, and tables [256] from stored ids to them; IGNORED and FORBIDDEN are no classes."""
+    """The classes that are scored, and tables [IDS] from stored ids to them; IGNORED and FORBIDDEN are no classes."""
 
     count: int
     of_labels: torch.Tensor
     of_predictions: torch.Tensor
 
 
-def read_remap(name: str) -> dict[int, int] | None:
-    """The mapping of stored ids to classes that --remap names; None for none."""
+def read_remap(name: str, flag: str = "--remap") -> dict[int, int] | None:
+    """The mapping of stored ids to classes that a flag names; None for none."""
     if name == "none":
         return None
     if name in REMAPS:
@@ -56,29 +59,34 @@ def read_remap(name: str) -> dict[int, int] | None:
         if len(mapping) < len(pairs):
             raise ValueError("an id stands twice")
     except OSError as error:
-        raise EvaluationError(f"--remap {name}: not none, {', '.join(REMAPS)}, nor a readable file") from error
+        raise EvaluationError(f"{flag} {name}: not none, {', '.join(REMAPS)}, nor a readable file") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise EvaluationError(f'--remap {name}: expected JSON such as {{"7": 0, "8": 1}} ({error})') from error
+        raise EvaluationError(f'{flag} {name}: expected JSON such as {{"7": 0, "8": 1}} ({error})') from error
     outside = [(label_id, index) for label_id, index in mapping.items() if not 0 <= label_id < IDS or index < 0]
     if outside or not mapping:
-        raise EvaluationError(f"--remap {name}: ids must be 0..{IDS - 1} and classes 0 or more; found {shown(outside)}")
+        raise EvaluationError(f"{flag} {name}: ids must be 0..{IDS - 1} and classes 0 or more; found {shown(outside)}")
     return mapping
 
 
-def make_classes(remap: str, num_classes: int | None, ignore_ids: tuple[int, ...], remap_predictions: bool) -> Classes:
+def make_classes(
+    remap: str, num_classes: int | None, ignore_ids: tuple[int, ...] | None, remap_predictions: bool | str
+) -> Classes:
     """The tables from stored ids to classes. Raises EvaluationError if the flags do not fit together.
 
-    Predictions are classes already unless `remap_predictions`; among them only an ignored id that is no class is void.
+    Predictions are classes already unless `remap_predictions`, which is True for `remap` or names a mapping of their
+    own; among classes only an ignored id that is no class is void. ignore_ids: None for 255, where it is no class.
     """
     mapping = read_remap(remap)
     count = num_classes or (max(mapping.values()) + 1 if mapping else None)
     if count is None:
         raise EvaluationError("--num_classes is needed with --remap none")
-    if count >= IDS:
-        raise EvaluationError(f"--num_classes {count}: label maps of 8 bits hold fewer than {IDS} classes")
+    if count > MOST_CLASSES:
+        raise EvaluationError(f"--num_classes {count}: a score has at most {MOST_CLASSES} classes")
+    if ignore_ids is None:
+        ignore_ids = default_ignored(count)
     outside = [label_id for label_id in ignore_ids if not 0 <= label_id < IDS]
     if outside:
-        raise EvaluationError(f"--ignore_ids {outside[0]}: label maps of 8 bits hold ids 0..{IDS - 1}")
+        raise EvaluationError(f"--ignore_ids {outside[0]}: label maps hold ids 0..{IDS - 1}")
     identity = torch.full((IDS,), FORBIDDEN)
     identity[:count] = torch.arange(count)
     if mapping is None:
@@ -90,10 +98,22 @@ def make_classes(remap: str, num_classes: int | None, ignore_ids: tuple[int, ...
         labels[list(mapping)] = torch.tensor(list(mapping.values()))
     ignored = torch.tensor(ignore_ids, dtype=torch.long)
     labels[ignored] = IGNORED
+    if isinstance(remap_predictions, str):
+        own = read_remap(remap_predictions, "--remap_predictions") or {}
+        if max(own.values(), default=0) >= count:
+            raise EvaluationError(f"--remap_predictions {remap_predictions}: a class is {max(own.values())} of {count}")
+        predictions = torch.full((IDS,), IGNORED)
+        predictions[list(own)] = torch.tensor(list(own.values()))
+        return Classes(count, labels, predictions)
     if mapping is None or remap_predictions:
         return Classes(count, labels, labels)
     identity[ignored[ignored >= count]] = IGNORED
     return Classes(count, labels, identity)
+
+
+def default_ignored(count: int) -> tuple[int, ...]:
+    """The stored ids that are not scored where none are named: 255, where it is no class."""
+    return (255,) if count <= 255 else ()
 
 
 def lossy_format(image: Image.Image) -> str | None:
@@ -107,15 +127,23 @@ def lossy_format(image: Image.Image) -> str | None:
 
 
 def load_label_map(path: Path) -> torch.Tensor:
-    """A label map's ids [H, W], bytes.
+    """A label map's ids [H, W], bytes or, of 16 bits, integers.
 
-    Raises ValueError for a picture with other than one channel of 8 bits, or in a format that may change ids.
+    Channels that are all equal, beside an opaque one at most, count as one. Raises ValueError for other pictures, and
+    for formats that may change ids.
     """
     with Image.open(path) as image:
         if (lossy := lossy_format(image)) is not None:
             raise ValueError(f"stored as {lossy}, which may change ids; save the original as PNG")
+        if image.mode.startswith("I"):
+            return torch.from_numpy(np.array(image).astype(np.int32))
+        if image.mode in ("RGB", "RGBA", "LA") and ";16" not in raw_mode(image):
+            channels = np.array(image)
+            colors = channels[..., :3] if image.mode != "LA" else channels[..., :1]
+            if (colors == colors[..., :1]).all() and (image.mode == "RGB" or (channels[..., -1] == 255).all()):
+                return torch.from_numpy(colors[..., 0].copy())
         if image.mode not in ("L", "P"):
-            raise ValueError(f"mode {image.mode}, but a label map has one channel of 8 bits with an id per pixel")
+            raise ValueError(f"mode {image.mode}, but a label map has one channel with an id per pixel")
         if image.mode == "L" and (stored := raw_mode(image)).startswith(("L;2", "L;4")):
             raise ValueError(
                 f"grey with {stored[2]} bits per pixel, which readers scale to brightness, so that its ids are lost; "

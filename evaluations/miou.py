@@ -27,11 +27,13 @@ from command_line import (
     inference,
     run,
 )
+from id_orders import LOW, order_advice
 from label_maps import (
     REMAPS,
     Classes,
     check_ids,
     confusion_matrix,
+    default_ignored,
     load_label_map,
     make_classes,
     scores_of,
@@ -40,6 +42,8 @@ from result_folders import FILTERS, by_name, check_images, list_images, load_rgb
 from segmenters import Segmenter, load_segmenter
 from torch.nn import functional
 from tqdm import tqdm
+
+LARGEST_RECORDED = 1024  # classes whose confusion matrix goes into the report
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,14 @@ def id_list(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(",") if part)
 
 
+def boolean_or_name(text: str) -> bool | str:
+    """`True`, `False` or a name as a flag's value."""
+    try:
+        return boolean(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__.splitlines()[0], batch_size=4)
     parser.add_argument("path", type=Path, metavar="RESULTS_DIR", help="folder with labels/ and samples/")
@@ -90,8 +102,16 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME|FILE",
         help=f"label ids to classes: none, {', '.join(REMAPS)}, or a JSON file {{id: class}}; other ids are ignored",
     )
-    parser.add_argument("--remap_predictions", type=boolean, default=False, help="apply --remap to predictions too")
-    parser.add_argument("--ignore_ids", type=id_list, default=(255,), metavar="A,B", help="stored ids not scored")
+    parser.add_argument(
+        "--remap_predictions",
+        type=boolean_or_name,
+        default=False,
+        metavar="BOOL|NAME|FILE",
+        help="True: apply --remap to predictions too; or a mapping of their own, named as those of --remap",
+    )
+    parser.add_argument(
+        "--ignore_ids", type=id_list, metavar="A,B", help="stored ids not scored (255 of up to 255 classes)"
+    )
     parser.add_argument("--input_size", type=size, metavar="native|N|HxW", help="size of the network's input")
     parser.add_argument("--input_filter", choices=list(FILTERS), default="bilinear", help="filter of that resizing")
     parser.add_argument(
@@ -258,12 +278,14 @@ def main() -> None:
     report = Report("mIoU", arguments)
     check_output("--json", arguments.json)
     classes = make_classes(arguments.remap, arguments.num_classes, arguments.ignore_ids, arguments.remap_predictions)
+    if arguments.ignore_ids is None:
+        arguments.ignore_ids = default_ignored(classes.count)
     device = choose_device(arguments.device)
     predicted = Path(arguments.segmenter)
     is_folder_of_maps = predicted.is_dir() and not (predicted / "config.json").exists()
     others = predicted if is_folder_of_maps else arguments.path / arguments.samples
     pairs, names = find_pairs(arguments.path / arguments.labels, others, arguments.skip_bad, report)
-    checked = check_images([pair.other for pair in pairs], arguments.skip_bad, report)
+    checked = check_images([pair.other for pair in pairs], arguments.skip_bad, report, maps=is_folder_of_maps)
     pairs = check_label_maps([pair for pair in pairs if pair.other in checked.good], classes, arguments, report)
     segmenter = None
     if not is_folder_of_maps:
@@ -274,6 +296,7 @@ def main() -> None:
 
     confusion, used = count_pixels(pairs, segmenter, classes, device, arguments, report)
     scores = scores_of(confusion)
+    warn_of_order(scores["miou"], confusion, arguments, report)
     protocol = describe_protocol(arguments, segmenter)
     for key, value in protocol.items():
         print(f"{key}: {value}")
@@ -291,15 +314,28 @@ def main() -> None:
         preprocessing=protocol,
         segmenter=segmenter.describe() if segmenter else {"kind": "predicted label maps", "source": str(predicted)},
         num_classes=classes.count,
-        confusion=confusion.tolist(),
+        confusion=confusion.tolist() if classes.count <= LARGEST_RECORDED else None,
         device=str(device),
     )
     print(f"mIoU: {scores_of(confusion)['miou']:.2f}")
 
 
+def warn_of_order(score: float, confusion: torch.Tensor, arguments: argparse.Namespace, report: Report) -> None:
+    """Says so where a low score may be one of ids that mean other classes than the labels'."""
+    advice = order_advice(confusion)
+    if advice:
+        report.warn(f"the mIoU is {score:.1f}, but {advice}")
+    elif score < LOW and arguments.samples == "images":
+        report.warn(
+            f"the mIoU of photographs is {score:.1f}, and no other order of the predicted ids scores much more: does"
+            " this segmenter know these classes, and its input (--input_size, --mean, --std)?"
+        )
+
+
 def describe_protocol(arguments: argparse.Namespace, segmenter: Segmenter | None) -> dict[str, str]:
     """In words what published numbers differ in."""
-    remapped = "labels and predictions" if arguments.remap_predictions else "labels"
+    own = arguments.remap_predictions
+    remapped = f"labels, {own} of predictions" if isinstance(own, str) else f"labels{' and predictions' if own else ''}"
     protocol = {
         "ids": f"remap {arguments.remap} of {remapped}, ignored {', '.join(map(str, arguments.ignore_ids)) or 'none'}",
         "compared at": "the label map's size",

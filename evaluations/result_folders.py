@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +129,16 @@ class CheckedImages:
         }
 
 
-def check_images(images: Sequence[Path], skip_bad: bool, report: Report) -> CheckedImages:
+def check_images(images: Sequence[Path], skip_bad: bool, report: Report, maps: bool = False) -> CheckedImages:
     """Looks at every image before any long work: header, checksums or end marker.
 
     Raises EvaluationError naming the unusable ones, or warns of them if `skip_bad`. Damage that shows only in decoding
-    is met while reading (see `read_images`).
+    is met while reading (see `read_images`). maps: they are label maps, which may have 16 bits.
     """
-    checked = CheckedImages()
+    checked, look = CheckedImages(), partial(_look_at, deep=True) if maps else _look_at
     with ThreadPoolExecutor() as pool:
         for path, found in tqdm(
-            zip(images, pool.map(_look_at, images), strict=True), "checking images", len(images), leave=False
+            zip(images, pool.map(look, images), strict=True), "checking images", len(images), leave=False
         ):
             if isinstance(found, str):
                 checked.bad[path] = found
@@ -150,7 +151,8 @@ def check_images(images: Sequence[Path], skip_bad: bool, report: Report) -> Chec
         if not checked.good:
             raise EvaluationError(f"no usable image is left: {listed}")
         report.warn(f"{len(checked.bad)} unusable images are left out: {listed}")
-    warn_about_modes(checked, report)
+    if not maps:
+        warn_about_modes(checked, report)
     return checked
 
 
@@ -165,13 +167,15 @@ def warn_about_modes(checked: CheckedImages, report: Report) -> None:
             report.warn(f"{len(found)} {what} images: {remedy} ({shown(found)})")
 
 
-def _look_at(path: Path) -> tuple[tuple[int, int], str] | str:
+def _look_at(path: Path, deep: bool = False) -> tuple[tuple[int, int], str] | str:
     """The size and mode of an image file, or what is wrong with it."""
     try:
         with Image.open(path) as image:
             size, mode = image.size, image.mode
             stored = raw_mode(image)
-            if mode.startswith(DEEP_MODES) or ";16" in stored:  # of 16-bit RGB, Pillow keeps the high byte
+            if not deep and (
+                mode.startswith(DEEP_MODES) or ";16" in stored
+            ):  # of 16-bit RGB, Pillow keeps the high byte
                 return f"more than 8 bits per channel, mode {stored}; save it with 8 bits"
             if image.format == "PNG":
                 image.verify()  # the checksums, without decoding

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data.listing import Item, expected_layout, list_items, list_label_items, read_cache_settings
 from .data.notes import Notes, tell_new
+from .data.sample_order import Positions
 from .data.segments import read_segments
 from .data.specs import DataError, DatasetSpec, MissingSplitError, get_spec
 from .data.transforms import (
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 SAMPLING_RECORD = "sampling.json"  # in a results folder: what its images were made with
-_ORDER, _BALANCE = 1, 2  # keep the streams of random numbers apart from each other; 0 would equal no third number
 
 
 class LayoutDataset(Dataset):
@@ -85,7 +85,7 @@ class LayoutDataset(Dataset):
         index, position = key if isinstance(key, tuple) else (key, key)
         item, spec, notes = self.items[index], self.spec, Notes()
         label, table = read_label(item.label, spec, notes)
-        image = None if item.image is None else read_image(item.image, spec)
+        image = None if item.image is None else read_image(item.image, spec, notes)
         size = label.size if image is None else image.size
         if image is not None:
             check_sizes(spec, item.image, size, item.label, label.size, spec.label_scale)
@@ -160,6 +160,7 @@ def open_dataset(
     skip_bad: bool = False,
     training: bool | None = None,
     dataset_json: dict | None = None,
+    instances: str = "",
 ) -> LayoutDataset:
     """A split of a data set in one of the modes of `data.specs.DATASET_MODES`.
 
@@ -167,7 +168,8 @@ def open_dataset(
     flip; a further enlargement of up to 1 + `scale_jitter`), "val" and "test" the whole picture resized. labels_dir:
     take label maps alone from that folder (with `data_dir` for its `dataset.json` only), with the sampling transform;
     the `labels` of a results folder hold the network's ids already. dataset_json: see `get_spec`.
-    use_instances: read instance maps where the mode has them. skip_bad: training batches pass over unreadable items.
+    use_instances: read instance maps where the mode has them; instances: "from_labels" puts the label maps in their
+    place. skip_bad: training batches pass over unreadable items.
     Raises MissingSplitError for a folder that is not there and DataError for anything else that is wrong with the
     data.
     """
@@ -176,11 +178,15 @@ def open_dataset(
     if scale_jitter < 0:
         raise DataError(f"scale_jitter is {scale_jitter}; 0 switches it off, 0.5 enlarges by up to 1.5")
     spec = get_spec(dataset_mode, data_dir, num_classes, dataset_json)
+    if instances == "from_labels":
+        spec = replace(spec, instances="labels")
     if spec.segments_files:
         read_segments(spec.segments_files)  # now, and once for all workers
     if labels_dir is not None:
         if holds_network_ids(labels_dir):
             spec = replace(spec, remap={}, keeps_other_ids=True, label_colors=None, segments_files=())
+        elif dataset_mode != "custom":
+            spec = replace(spec, palette_layouts=True)
         items = list_label_items(spec, labels_dir, use_instances)
     elif data_dir is None or not os.fspath(data_dir):
         raise MissingSplitError(f"no data folder given; use --data_dir ({expected_layout(spec)})")
@@ -300,38 +306,6 @@ def _loader(
     )
 
 
-class _Positions:
-    """Endless batches of (item, global position) for one rank."""
-
-    def __init__(self, count: int, seed: int, batch_size: int, rank: int, world_size: int, start: int, weights):
-        self.count, self.seed, self.batch_size = count, seed, batch_size
-        self.rank, self.world_size, self.start, self.weights = rank, world_size, start, weights
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
-        position = self.start + self.rank * self.batch_size
-        while True:
-            batch = []
-            for p in range(position, position + self.batch_size):
-                if p // self.count != epoch:
-                    epoch = p // self.count
-                    order = _epoch_order(self.count, self.seed, epoch, self.weights)
-                batch.append((int(order[p % self.count]), p))
-            yield batch
-            position += self.world_size * self.batch_size
-
-
-def _epoch_order(count: int, seed: int, epoch: int, weights: np.ndarray | None) -> np.ndarray:
-    """The items of an epoch, [count]: a permutation, or in proportion to weights by systematic resampling."""
-    order = np.random.default_rng([seed, epoch, _ORDER]).permutation(count)
-    if weights is None:
-        return order
-    expected = weights / weights.sum() * count
-    ticks = np.random.default_rng([seed, epoch, _BALANCE]).random() + np.arange(count)
-    drawn = np.searchsorted(np.cumsum(expected[order]), ticks).clip(max=count - 1)
-    return order[drawn][np.random.default_rng([seed, epoch, _ORDER, _BALANCE]).permutation(count)]
-
-
 class TrainingBatches:
     """Endless iterator of a rank's training batches; `close` (or leaving a `with`) ends the workers.
 
@@ -395,7 +369,7 @@ def training_batches(
         weights = class_balance
     elif class_balance:
         weights = balance_weights(dataset, num_workers=num_workers)
-    positions = _Positions(len(dataset), dataset.seed, batch_size, rank, world_size, start, weights)
+    positions = Positions(len(dataset), dataset.seed, batch_size, rank, world_size, start, weights)
     return TrainingBatches(_loader(dataset, positions, num_workers, pin_memory, dataset.skip_bad), dataset.notes, log)
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,7 @@ class SDMPipeline:
             self.model.compile_prediction()
         self.model_config, self.diffusion_config = model_config, diffusion_config
         self.sharing_memory = 1  # processes among which the device's free memory is divided
+        self._size_is_noted = False
         self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
         self._lock = threading.Lock()  # for the two below, which calls from several threads share
         self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
@@ -255,7 +257,8 @@ class SDMPipeline:
         """Makes `samples` images of one layout.
 
         :param label_map: a file, picture or array [H, W] of class ids as the network knows them.
-        :param instance_map: instance ids, of the same size, for a network with the edge channel.
+        :param instance_map: instance ids, of the same size, for a network with the edge channel; or "from_labels":
+            edges between classes take their place.
         :param batch_size: how many are made at a time; memory grows with it.
         :param seed: a whole number of any type (an element of np.arange, too).
         :param name: the layout's name, which is part of the seed (the sampling script uses the file's stem).
@@ -276,9 +279,16 @@ class SDMPipeline:
                 f"0 to {self.model_config.num_classes - 1}"
             )
         if (instance_map is None) != self.model_config.no_instance:
-            wants = "takes no" if self.model_config.no_instance else "needs an"
-            raise ValueError(f"this network {wants} instance_map")
-        instance = None if instance_map is None else self._read_map(instance_map, "instance map")
+            wants = (
+                "takes no instance_map"
+                if self.model_config.no_instance
+                else ('needs an instance_map (or instance_map="from_labels": edges between classes)')
+            )
+            raise ValueError(f"this network {wants}")
+        if isinstance(instance_map, str) and instance_map == "from_labels":
+            instance = label
+        else:
+            instance = None if instance_map is None else self._read_map(instance_map, "instance map")
         seeds, chosen = [image_seed(seed, name, index) for index in range(samples)], Sampling(**sampling)
         return [
             Image.fromarray(picture)
@@ -316,6 +326,7 @@ class SDMPipeline:
             )
         for network in self.networks(sampling):
             network.model.check_size(height, width)
+        self._note_size(height, width)
         keeping = keeping or self.keeping(len(label), height, width, sampling=sampling)
         size = keeping.layouts if len(label) > 1 else len(seeds)
         return np.concatenate(
@@ -331,6 +342,18 @@ class SDMPipeline:
                 )
                 for first in range(0, len(seeds), size)
             ]
+        )
+
+    def _note_size(self, height: int, width: int) -> None:
+        """Warns, once, of a layout far from what the network has seen: its objects come out in the trained size."""
+        trained = self.model_config.image_size
+        if self._size_is_noted or (min(height, width) <= 1.5 * trained and max(height, width) <= 4 * trained):
+            return
+        self._size_is_noted = True
+        warnings.warn(
+            f"the layout is {width} x {height}, and the network was trained on {trained} x {trained} (or that short"
+            " side): it draws objects in the sizes that it has seen; resize the layout, or train at its size",
+            stacklevel=2,
         )
 
     def _generate(self, label, instance, noise, sampling, keep, progress, on_step) -> np.ndarray:

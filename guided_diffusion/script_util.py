@@ -102,10 +102,13 @@ def network_settings(
     :param precision: as it was asked for; empty: not at all. :param training: it then is that of the recorded run;
         sampling takes float32, unless `given` says use_fp16.
     :return: with `precision` as a key of PRECISIONS, or empty where a new training leaves it to use_fp16.
-    :raises ConfigError: see `build_config`; or use_fp16 and precision contradict each other.
+    :raises ConfigError: see `build_config`; use_fp16 and precision contradict each other; or a new training asks for
+        attention at a height that no level of the network has.
     """
     groups = recorded or {"model": None, "diffusion": None}
     model = build_config(ModelConfig, given, groups["model"], source)
+    if training and not recorded and "attention_resolutions" in given:
+        model.check_attention()
     diffusion = build_config(DiffusionConfig, given, groups["diffusion"], source)
     if not training:
         return model, diffusion, resolve_precision(precision, "use_fp16" in given and model.use_fp16)

@@ -92,6 +92,21 @@ class ModelConfig:
                 )
         self.attention_downsamplings()
 
+    def check_attention(self) -> None:
+        """For a new training: one that goes on, and a checkpoint, may have such a height among others.
+
+        :raises ConfigError: attention at a height that no level of the network has.
+        """
+        levels = range(len(self.multipliers()))
+        asked = _numbers("attention_resolutions", self.attention_resolutions, int)
+        for resolution, factor in zip(asked, self.attention_downsamplings(), strict=True):
+            if factor not in [2**level for level in levels]:
+                heights = ", ".join(str(self.image_size // 2**level) for level in levels)
+                raise ConfigError(
+                    f"attention_resolutions {self.attention_resolutions!r}: no level of the network has the height"
+                    f" {resolution}; the heights are {heights} (image_size {self.image_size}, {len(levels)} levels)"
+                )
+
     def layout_channels(self) -> int:
         return self.num_classes + (not self.no_instance)
 
@@ -154,10 +169,15 @@ class DataConfig:
     data_dir: str = setting("", "folder (or gs://, az://, https:// address) of the data set")
     dataset_mode: str = setting("ade20k", "ade20k, cityscapes, celeba, coco or custom")
     num_workers: int = setting(2, "loader processes per rank")
+    instances: str = setting(
+        "", "from_labels: edges between classes in place of instance maps; empty: the data set's, or as in training"
+    )
 
     def check(self) -> None:
         """:raises ConfigError: a value out of its range."""
         check_range(self, 0, "num_workers", below=MOST_PROCESSES + 1)
+        if self.instances not in ("", "from_labels"):
+            raise ConfigError(f"instances must be from_labels, or be left out; got {self.instances!r}")
         check_place("data_dir", self.data_dir, ("gs", "az", "https"))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .layouts.spade import Layout, LayoutPair, Modulation, SPADEGroupNorm
-from .nn import Conv2d, Linear, PointwiseConv1d, normalization, timestep_embedding, zero_module
+from .nn import NORM_GROUPS, Conv2d, Linear, PointwiseConv1d, normalization, timestep_embedding, zero_module
 
 
 class Upsample(nn.Module):
@@ -161,6 +161,21 @@ class Stage(nn.Sequential):
         return x
 
 
+def level_width(multiplier: float, num_channels: int, channel_mult: Sequence[float]) -> int:
+    """Channels of a level. :raises ValueError: the groups of its norms do not divide them."""
+    width = int(multiplier * num_channels)
+    if width % NORM_GROUPS == 0:
+        return width
+    larger = range(num_channels, num_channels + 64 * NORM_GROUPS)
+    fit = next((n for n in larger if not any(int(m * n) % NORM_GROUPS for m in channel_mult)), None)
+    multipliers = ",".join(f"{m:g}" for m in channel_mult)
+    raise ValueError(
+        f"the multiplier {multiplier:g} (of channel_mult {multipliers}) times num_channels {num_channels} makes a width"
+        f" of {width}, which the {NORM_GROUPS} groups of a norm do not divide"
+        + (f"; num_channels {fit} would do" if fit else "")
+    )
+
+
 class UNetModel(nn.Module):
     """The denoising network: x_t and t into the encoder, the layout into the middle block and the decoder.
 
@@ -200,7 +215,7 @@ class UNetModel(nn.Module):
         if num_res_blocks < 1 or min(channel_mult) <= 0:
             raise ValueError(f"num_res_blocks ({num_res_blocks}) and channel_mult {channel_mult} must be positive")
         emb_channels = 4 * model_channels
-        widths = [int(mult * model_channels) for mult in channel_mult]
+        widths = [level_width(mult, model_channels, channel_mult) for mult in channel_mult]
 
         def res_block(channels: int, out: int, **kwargs) -> ResBlock:
             return ResBlock(

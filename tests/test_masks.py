@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from data_helpers import draw, run_script, save, write_custom, write_png
+from data_helpers import draw, run_script, save, write_benchmark, write_custom, write_png
 from PIL import Image
 
 from guided_diffusion.data.listing import list_items
@@ -470,3 +470,44 @@ def test_settings_that_do_not_fit(tmp_path, settings, message):
     describe(tmp_path, classes=NAMED, **settings)
     with pytest.raises(DataError, match=message):
         get_spec("custom", tmp_path)
+
+
+# --- layouts in a data set's colours ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("cityscapes", "_gtFine_color"), ("ade20k", ""), ("celeba", ""), ("coco", "")]
+)
+def test_layouts_in_the_customary_colors_are_read_by_the_palette(tmp_path, mode, suffix):
+    spec, told = get_spec(mode), []
+    colors = [tuple(color) for color in spec.palette.tolist()]
+    usable = [i for i in range(spec.num_classes) if colors.index(colors[i]) == i and len(set(colors[i])) > 1]
+    ids = np.array(usable)[np.random.default_rng(0).integers(0, len(usable), (16, 16))]
+    pixels = np.concatenate([spec.palette[ids], np.full((16, 16, 1), 255, np.uint8)], -1)  # RGBA, as Cityscapes' are
+    path = save(tmp_path / "layouts" / f"a{suffix}.png", pixels)
+    options = {"data_dir": None, "dataset_mode": mode, "split": "val", "image_size": 16, "use_instances": False}
+    dataset = open_dataset(labels_dir=tmp_path / "layouts", **options)
+    batch = next(sampling_batches(dataset, [0], 1, log=told.append))
+    assert np.array_equal(batch["label"][0, 0], ids)
+    assert told == [f"note: {path}: label maps are pictures in the colours of {mode}: read by its palette"]
+    pixels[3, 3, :3] = (1, 2, 3)
+    save(path, pixels)
+    with pytest.raises(DataError, match=rf"\(1, 2, 3\); known are the colours of dataset_mode {mode}; store ids"):
+        dataset[0]
+
+
+def test_of_two_classes_of_one_color_the_first_counts(tmp_path):
+    """Cityscapes' cars and license plates have one colour."""
+    save(tmp_path / "a.png", np.full((8, 8, 3), (0, 0, 142), np.uint8))
+    dataset = open_dataset(
+        data_dir=None, dataset_mode="cityscapes", split="val", image_size=8, labels_dir=tmp_path, use_instances=False
+    )
+    assert (dataset[0]["label"] == 26).all()
+
+
+def test_in_training_data_such_colors_stay_an_error(tmp_path):
+    write_benchmark(tmp_path, "ade20k")
+    for path in (tmp_path / "annotations/training").iterdir():
+        save(path, get_spec("ade20k").palette[np.asarray(Image.open(path))])
+    with pytest.raises(DataError, match=r"is a picture of mode RGB, not of one id per pixel"):
+        open_dataset(data_dir=tmp_path, dataset_mode="ade20k", split="train", image_size=8)[0]

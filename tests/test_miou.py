@@ -379,15 +379,15 @@ def test_nothing_to_score(results):
 def test_flags_that_do_not_fit(results, tmp_path):
     cases = {
         "--num_classes is needed with --remap none": [],
-        "hold fewer than 256 classes": ["--num_classes", 300],
-        "--ignore_ids 256": ["--num_classes", 5, "--ignore_ids", "256"],
+        "at most 8192 classes": ["--num_classes", 9000],
+        "--ignore_ids 65536": ["--num_classes", 5, "--ignore_ids", "65536"],
         "has class 18 of 10 classes": ["--remap", "cityscapes", "--num_classes", 10],
         "nor a readable file": ["--remap", "cityscape"],
     }
     for message, flags in cases.items():
         with fails(message):
             score(results, *flags)
-    for content in ("[1, 2]", "{}", '{"300": 1}', "{"):
+    for content in ("[1, 2]", "{}", '{"70000": 1}', "{"):
         (tmp_path / "map.json").write_text(content)
         with fails("--remap .*map.json: "):
             score(results, "--remap", tmp_path / "map.json")
@@ -401,3 +401,90 @@ def test_a_network_that_fails_on_the_images_is_named(results, tmp_path):
     torch.jit.script(Tall()).save(tmp_path / "tall.pt")
     with fails("tall.pt fails on an image of 32x24"):
         score(results, "--num_classes", CLASSES, segmenter=tmp_path / "tall.pt")
+
+
+# --- more than 8 bits, other orders -----------------------------------------------------------------------------------
+
+
+def test_more_than_256_classes(tmp_path):
+    """Labels and predictions of 16 bits, against a count by hand; the class 255 is scored like any other."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 300, (COUNT, HEIGHT, WIDTH))
+    predictions = np.where(rng.random(labels.shape) < 0.6, labels, rng.integers(0, 300, labels.shape))
+    for name, maps in (("labels", labels), ("predictions", predictions)):
+        (tmp_path / name).mkdir()
+        for index, ids in enumerate(maps):
+            Image.fromarray(ids.astype(np.uint16)).save(tmp_path / name / f"{index:03d}.png")
+    record = score(tmp_path, "--num_classes", 300)
+    ious = [((labels == i) & (predictions == i)).sum() / ((labels == i) | (predictions == i)).sum() for i in range(300)]
+    assert record["class_iou"] == pytest.approx([100 * iou for iou in ious])
+    assert record["score"] == pytest.approx(100 * np.mean(ious))
+    with fails("holds id .*, but there are 299 classes"):
+        score(tmp_path, "--num_classes", 299)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_equal_channels_count_as_one(results, mode):
+    expected = score(results, "--num_classes", CLASSES)["confusion"]
+    for path in (results / "predictions").iterdir():
+        Image.open(path).convert(mode).save(path)
+    assert score(results, "--num_classes", CLASSES)["confusion"] == expected
+
+
+def test_the_two_orders_of_celebamask(tmp_path):
+    """The table against the two lists of names; in the other order the score is low, and a warning names it."""
+    parser = (
+        "background skin l_brow r_brow l_eye r_eye eye_g l_ear r_ear ear_r nose mouth u_lip l_lip neck neck_l cloth"
+    )
+    parser = [*parser.split(), "hair", "hat"]
+    official = list(get_spec("celeba").class_names)
+    assert {official[i]: parser[k] for k, i in label_maps.REMAPS["celeba-face-parser"].items()} == {
+        n: n for n in official
+    }
+    labels = random_maps(0, classes=19)
+    write_maps(tmp_path / "labels", labels)
+    write_maps(tmp_path / "predictions", np.array([parser.index(name) for name in official])[labels])
+    record = score(tmp_path, "--num_classes", 19)
+    assert record["score"] < 25 and "the order celeba-face-parser of the predicted ids" in record["warnings"][0]
+    assert score(tmp_path, "--num_classes", 19, "--remap_predictions", "celeba-face-parser")["score"] == 100
+    assert (
+        "celeba-face-parser of predictions"
+        in score(tmp_path, "--num_classes", 19, "--remap_predictions", "celeba-face-parser")["preprocessing"]["ids"]
+    )
+
+
+id_orders = load_script("id_orders")
+
+
+def confused(order, noise=0.1):
+    """The confusion matrix of labels of equally common classes, predicted as order[class] but for some noise."""
+    count = len(order)
+    counts = torch.full((count, count + 1), 100 * noise / count)
+    counts[torch.arange(count), torch.tensor(order)] += 100
+    return counts.long() + 1
+
+
+def test_the_order_that_would_score_best_is_named():
+    assert id_orders.order_advice(confused(range(19))) == ""
+    table = label_maps.REMAPS["celeba-face-parser"]
+    order = [next(k for k, i in table.items() if i == c) for c in range(19)]
+    assert id_orders.order_advice(confused(order)).startswith("the order celeba-face-parser of the predicted ids would")
+    advice = id_orders.order_advice(confused([*range(1, 60), 0]))
+    assert advice.startswith("predicted ids that are 1 too high") and '"1": 0' in advice
+    permutation = np.random.default_rng(0).permutation(12).tolist()
+    advice = id_orders.order_advice(confused(permutation))
+    named = json.loads(advice[advice.index("{") : advice.index("}") + 1])
+    assert named == {str(permutation[i]): i for i in range(12)}
+    assert id_orders.order_advice(torch.ones(12, 13).long()) == ""
+
+
+def test_a_low_score_of_photographs_is_explained(tmp_path, capsys):
+    labels = random_maps(0, classes=12)
+    write_maps(tmp_path / "labels", labels)
+    write_maps(tmp_path / "predictions", (labels + 1) % 12)
+    record = score(tmp_path, "--num_classes", 12)
+    assert record["score"] == 0 and "predicted ids that are 1 too high" in record["warnings"][0]
+    assert "the mIoU is 0.0, but" in capsys.readouterr().err
+    write_maps(tmp_path / "predictions", random_maps(1, classes=12))
+    assert score(tmp_path, "--num_classes", 12)["warnings"] == []
+    assert "does this segmenter know" in score(tmp_path, "--num_classes", 12, "--samples", "images")["warnings"][0]

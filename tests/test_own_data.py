@@ -49,6 +49,20 @@ def test_every_key_of_dataset_json_is_in_the_table(tmp_path):
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M)) == set(known)
 
 
+def test_what_you_write_is_taken(tmp_path):
+    section = PAGE.split("## You have, you write")[1].split("\n## ")[0]
+    lines = [code for code in re.findall(r"`([^`]+)`", section) if re.match(r'"\w+": ', code)]
+    assert len(lines) > 9
+    for line in lines:
+        line = line.replace(", ...]", ', {"name": "sky", "color": [1, 2, 3]}]')
+        rest = '"classes": ["a", "b", "c", "d"]' if "ignore_id" in line else ""
+        if "tolerance" in line or line == '"label_encoding": "colors"':
+            rest = '"label_encoding": "colors", "classes": [{"name": "a", "color": [0, 0, 0]}]'
+        keys = {**json.loads("{" + rest + "}"), **json.loads("{" + line + "}")}
+        (tmp_path / "dataset.json").write_text(json.dumps(keys))
+        get_spec("custom", tmp_path, None if "classes" in keys else 4)
+
+
 def test_the_camvid_commands_fit_what_is_prepared(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts" / "data")
     image = np.zeros((360, 480, 3), np.uint8)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import warnings
 import weakref
 
 import numpy as np
@@ -276,6 +277,19 @@ def test_instances_and_rectangles(tmp_path):
         sizes = f"instance map is {shape[0]}x{shape[1]} .* label map 16x32"
         with pytest.raises(ValueError, match=sizes):
             pipeline(wide, instance_map=np.zeros(shape, int), **FAST)
+
+
+def test_a_layout_much_larger_than_in_training_is_noted_once(checkpoint):
+    pipeline = SDMPipeline.from_checkpoint(checkpoint)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline(LABEL, **FAST)
+        pipeline(np.repeat(LABEL, 2, axis=1), **FAST)
+    large = np.kron(LABEL, np.ones((2, 2), int))
+    with pytest.warns(UserWarning, match="the layout is 32 x 32, and the network was trained on 16 x 16") as caught:
+        pipeline(large, **FAST)
+        pipeline(large, **FAST)
+    assert len(caught) == 1
 
 
 def test_label_maps_whose_ids_a_reader_would_change(tmp_path, checkpoint):

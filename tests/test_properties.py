@@ -25,7 +25,7 @@ from fuzzing import all_bytes, broken, cases, flags, in_one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guided_diffusion.data import specs
+from guided_diffusion.data import dataset_json, specs
 from guided_diffusion.data.listing import read_cache_settings
 from guided_diffusion.data.specs import DataError, get_spec
 from guided_diffusion.image_datasets import open_dataset
@@ -65,11 +65,15 @@ DATASET_JSON = [
     {"classes": ["road", "car", {"name": "sky", "color": [1, 2, 3]}, "tree"], "ignore_id": 255, "instances": False},
     {"classes": ["road", "car", "sky"], "remap": {"3": 0, "7": 1}, "crop": "keep_aspect", "grey": True},
     {"classes": [{"name": n, "color": [10 * i, 0, 0]} for i, n in enumerate("abcd")], "label_encoding": "colors"},
-    {"label_scale": True, "exif": "apply"},
+    {"label_scale": True, "exif": "apply", "icc": "ignore", "max_pixels": 1000},
+    {"image_suffix": "", "label_suffix": "0", "instance_suffix": "_inst"},
+    {"classes": [{"name": n, "color": [90 * i, 9, 0]} for i, n in enumerate("ab")], "label_encoding": "colors"}
+    | {"tolerance": 90},
+    {"classes": ["a", "b"], "label_encoding": "panoptic", "segments_info": ["panoptic.json"], "remap": {"7": 1}},
 ]
 
 
-WORDS = tuple(word for kind in specs._JSON_KEYS.values() if isinstance(kind, tuple) for word in kind)
+WORDS = tuple(word for kind in dataset_json.JSON_KEYS.values() if isinstance(kind, tuple) for word in kind)
 
 
 def read_data(folder: Path) -> None:
@@ -140,7 +144,7 @@ def test_a_file_of_data_is_read_or_refused_in_one_sentence(data, tmp_path_factor
 
 
 def test_every_key_of_dataset_json_is_fuzzed():
-    assert {key for example in DATASET_JSON for key in example} == set(specs._JSON_KEYS)
+    assert {key for example in DATASET_JSON for key in example} == set(dataset_json.JSON_KEYS)
 
 
 def test_verify_data_says_what_is_wrong_with_any_dataset_json(data, tmp_path):

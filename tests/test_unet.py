@@ -1,5 +1,7 @@
 """The network beside its numbers: kernels, memory layout, checks at its door."""
 
+import dataclasses
+
 import pytest
 import torch
 from golden_helpers import golden_case, normal
@@ -7,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from guided_diffusion.layouts.encode import drop_layouts, encode_label_map
 from guided_diffusion.layouts.spade import Layout, LayoutPair
-from guided_diffusion.script_util import create_model_and_diffusion
-from guided_diffusion.settings import ConfigError
+from guided_diffusion.script_util import create_model_and_diffusion, network_settings
+from guided_diffusion.settings import ConfigError, ModelConfig
 from guided_diffusion.unet import AttentionBlock
 
 T = torch.tensor([17, 801])
@@ -40,6 +42,36 @@ def test_an_attention_height_that_no_layer_has_is_refused():
         create_model_and_diffusion(image_size=32, num_classes=4, channel_mult="1,2", attention_resolutions="12")
     with pytest.raises(ConfigError, match="halve from image_size 96 on, so that no layer has the height 32"):
         create_model_and_diffusion(image_size=96, num_classes=4, channel_mult="1,2", attention_resolutions="48,32")
+
+
+def test_attention_that_no_level_reaches_is_refused_in_new_trainings():
+    """With the heights there are; not where the published settings say it, nor in what a checkpoint recorded."""
+    for settings, heights in (
+        (dict(image_size=64, channel_mult="1,2,2", attention_resolutions="8"), "64, 32, 16"),
+        (dict(image_size=32, channel_mult="1,2", attention_resolutions="16,64"), "32, 16"),
+    ):
+        for recorded in (None, {}):
+            with pytest.raises(
+                ConfigError, match=f"no level of the network has the height .*; the heights are {heights} "
+            ):
+                network_settings(settings, recorded, training=True)
+        network_settings(settings, None)
+        record = {"model": dataclasses.asdict(ModelConfig(**settings)), "diffusion": {}}
+        network_settings(settings, record, training=True)
+        create_model_and_diffusion(**settings, num_channels=32, num_classes=4, num_res_blocks=1)
+    network_settings(dict(image_size=256, attention_resolutions="32,16,8"), None, training=True)
+    network_settings(dict(image_size=32, channel_mult="1,2"), None, training=True)  # not asked for
+
+
+def test_a_width_that_the_groups_do_not_divide_is_explained():
+    expected = (
+        r"multiplier 0\.5 \(of channel_mult 0\.5,1,1,2,2,4,4\) times num_channels 32 makes a width of 16, .*64 would"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        create_model_and_diffusion(num_channels=32, image_size=512)
+    with pytest.raises(ConfigError, match=r"multiplier 1\.5 .* width of 48, .*; num_channels 64 would do"):
+        create_model_and_diffusion(num_channels=32, image_size=16, channel_mult="1,1.5")
+    create_model_and_diffusion(num_channels=64, image_size=16, channel_mult="1,1.5", num_classes=4, num_res_blocks=1)
 
 
 def test_features_stay_channels_last():

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .duplicates import Fingerprint, fingerprint
 from .listing import Item
 from .masks import UnknownIds
 from .notes import Notes
@@ -37,6 +38,7 @@ class ItemReport:
     instances: int = 0
     largest_instance: int = 0
     notes: Notes = field(default_factory=Notes)
+    fingerprint: Fingerprint | None = None  # of the photograph
 
 
 def check_headers(spec: DatasetSpec, item: Item) -> ItemReport:
@@ -86,7 +88,8 @@ def check_pixels(spec: DatasetSpec, item: Item) -> ItemReport:
 
 
 def _check_photograph(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
-    report.image_size = read_image(item.image, spec).size
+    photograph = read_image(item.image, spec, report.notes)
+    report.image_size, report.fingerprint = photograph.size, fingerprint(photograph)
 
 
 def _check_label(spec: DatasetSpec, item: Item, report: ItemReport) -> None:
@@ -126,6 +129,7 @@ class SplitReport:
     largest_instance: int = 0
     turned: int = 0
     notes_of_files: Notes = field(default_factory=Notes)
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)  # of photographs, by name
 
 
 def summarize(
@@ -148,6 +152,8 @@ def summarize(
         report.instances += item.instances
         report.largest_instance = max(report.largest_instance, item.largest_instance)
         report.notes_of_files.merge(item.notes)
+        if item.fingerprint is not None:
+            report.fingerprints[item.name] = item.fingerprint
     report.notes += report.notes_of_files.lines()
     if any(item.unknown_ids for item in pixels):
         report.problems = _ids_of_all(spec, pixels) + report.problems

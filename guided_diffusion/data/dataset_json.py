@@ -12,7 +12,7 @@ from .json_text import parse_json
 from .own_files import is_plain
 
 SUFFIXES = ("image_suffix", "label_suffix", "instance_suffix")  # of the files' stems
-_JSON_KEYS = {
+JSON_KEYS = {
     "classes": list,
     "ignore_id": int,
     "remap": dict,
@@ -25,6 +25,7 @@ _JSON_KEYS = {
     "grey": bool,
     "exif": ("refuse", "apply", "ignore"),
     **dict.fromkeys(SUFFIXES, str),
+    "icc": ("convert", "ignore"),
     "max_pixels": int,
 }
 
@@ -46,9 +47,9 @@ def checked(path: str, settings: Any) -> dict:
     if not isinstance(settings, dict):
         raise DataError(f'{path} must hold one JSON object, such as {{"classes": ["sky", "road"]}}')
     for key, value in settings.items():
-        if key not in _JSON_KEYS:
-            raise DataError(f"{path}: the key {key!r} is unknown; known keys are {', '.join(_JSON_KEYS)}")
-        kind = _JSON_KEYS[key]
+        if key not in JSON_KEYS:
+            raise DataError(f"{path}: the key {key!r} is unknown; known keys are {', '.join(JSON_KEYS)}")
+        kind = JSON_KEYS[key]
         if isinstance(kind, tuple):
             if value not in kind:
                 raise DataError(f"{path}: {key} is {value!r}; it must be one of {', '.join(kind)}")

@@ -11,12 +11,13 @@ MOVED = "pixels of label maps took the nearest class's colour (tolerance {})"
 
 
 def ids_from_colors(
-    image: Image.Image, path: str, colors: np.ndarray, tolerance: int, notes: Notes | None = None
+    image: Image.Image, path: str, colors: np.ndarray, tolerance: int, notes: Notes | None = None, table: str = ""
 ) -> Image.Image:
     """The ids of an RGB map in the classes' `colors`, uint8 [classes, 3]; of two classes of one colour, the first.
 
     tolerance: a pixel of another colour takes the nearest class's, where that is no further away (Euclidean, in levels
-    of 0 to 255); `notes` counts those pixels. Raises DataError for colours further away.
+    of 0 to 255); `notes` counts those pixels. table: where the colours come from, with a remedy, if
+    not from dataset.json. Raises DataError for colours further away.
     """
     pixels = np.asarray(image.convert("RGB")).astype(np.int32)
     packed = (pixels[..., 0] << 16) | (pixels[..., 1] << 8) | pixels[..., 2]  # [H, W]
@@ -28,7 +29,7 @@ def ids_from_colors(
         odd, inverse, counts = np.unique(packed[wrong], return_inverse=True, return_counts=True)
         nearest, distance = _nearest(np.stack([odd >> 16, odd >> 8 & 255, odd & 255], axis=1), colors)
         if (distance > tolerance).any():
-            raise DataError(_odd_colors(path, odd, counts, distance, packed.size, colors, tolerance))
+            raise DataError(_odd_colors(path, odd, counts, distance, packed.size, colors, tolerance, table))
         ids[wrong] = nearest[inverse]
         if notes is not None:
             notes.add(MOVED.format(tolerance), path, int(wrong.sum()))
@@ -45,7 +46,7 @@ def _nearest(pixels: np.ndarray, colors: np.ndarray) -> tuple[np.ndarray, np.nda
     return best, distance
 
 
-def _odd_colors(path, odd, counts, distance, total: int, colors: np.ndarray, tolerance: int) -> str:
+def _odd_colors(path, odd, counts, distance, total: int, colors: np.ndarray, tolerance: int, table: str) -> str:
     """What is wrong with a map in which pixels have colours of no class, the most frequent first."""
     far = distance > tolerance
     odd, counts, distance = odd[far], counts[far], distance[far]
@@ -54,8 +55,11 @@ def _odd_colors(path, odd, counts, distance, total: int, colors: np.ndarray, tol
     more = f", ... ({len(odd)} in all; was it saved with smoothing?)" if len(odd) > _SHOWN else ""
     said = (
         f"the label map {path} has colours that belong to no class, on {100 * counts.sum() / total:.2g} % of its"
-        f" pixels: {shown}{more}; add them to dataset.json"
+        f" pixels: {shown}{more}; "
     )
+    if table:
+        return f"{said}known are {table}"
+    said += "add them to dataset.json"
     needed = int(np.ceil(distance.max()))
     between = min((_nearest(colors[:i], colors[i : i + 1])[1].min() for i in range(1, len(colors))), default=0)
     if len(odd) > _SHOWN or needed <= between / 2:  # the nearest colour is the only one so near, or edges are blended

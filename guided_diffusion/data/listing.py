@@ -92,7 +92,8 @@ def pair_files(
             remedy = (
                 "" if instances.keys() == labels.keys() else suffixes_for(spec, "label", labels, "instance", instances)
             )
-            remedy += f"{spec.preparation}; to train without instance maps, use --no_instance True"
+            remedy += f"{spec.preparation}; to do without instance maps, use --instances from_labels"
+            remedy += " (edges between classes) or --no_instance True"
             problems += _unpaired("label map", label_dir, labels, "instance map", instance_dir, instances, remedy)
             complete &= instances.keys()
     items = [Item(key + layout.image_suffix, images[key], labels[key], instances.get(key)) for key in sorted(complete)]

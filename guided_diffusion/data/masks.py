@@ -36,7 +36,7 @@ def open_map(
             f"the {kind} {path} is stored as {lossy}, which may change ids; save the original as PNG (converting this"
             " file does not bring them back)"
         )
-    if content in ("ids", "segments") and header.mode == "L" and header.raw_mode.startswith(SCALED):
+    if content in ("ids", "ids or colors", "segments") and header.mode == "L" and header.raw_mode.startswith(SCALED):
         raise DataError(
             f"the {kind} {path} is grey with {header.raw_mode[2]} bits per pixel, which readers scale to brightness, so"
             " that its ids are lost; save it with 8 bits, or as a palette PNG"
@@ -46,14 +46,14 @@ def open_map(
             f"the {kind} {path} has an orientation tag ({orientation}), so that its pixels are ambiguous; save"
             " it without the tag, as PNG"
         )
-    if content == "ids" and image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
-        image = _other_modes(image, header, path, kind, notes if notes is not None else Notes())
+    if content in ("ids", "ids or colors") and image.mode not in ("L", "P", "1") and not image.mode.startswith("I"):
+        image = _other_modes(image, header, path, kind, content, notes if notes is not None else Notes())
     elif content == "segments":
         _check_channels(image, header, path, kind)
     return image
 
 
-def _other_modes(image: Image.Image, header: Header, path: str, kind: str, notes: Notes) -> Image.Image:
+def _other_modes(image: Image.Image, header: Header, path: str, kind: str, content: str, notes: Notes) -> Image.Image:
     """The ids of a map that is stored as colours with equal channels, with transparency that is nowhere used, as
     floating-point numbers, or (an instance map) as segments' ids in three channels."""
     what = f"{kind}s are stored as {image.mode}"
@@ -70,6 +70,8 @@ def _other_modes(image: Image.Image, header: Header, path: str, kind: str, notes
         if red.tobytes() == green.tobytes() == blue.tobytes():
             notes.add(f"{what} with equal channels: read as ids", path)
             return red
+        if content == "ids or colors":
+            return image
         if kind == "instance map":
             notes.add(f"{what}: read as R + 256 G + 65536 B", path)
             return Image.fromarray(packed_ids(image, path))
@@ -137,6 +139,8 @@ def read_label(path: str, spec: DatasetSpec, notes: Notes | None = None) -> tupl
     class, and pictures that are no map of ids.
     """
     image = open_map(path, "label map", spec.label_content, notes, spec.max_pixels)
+    if spec.palette_layouts and image.mode in COLORS:
+        return _ids_by_palette(image, path, spec, notes), np.arange(max(256, spec.num_classes), dtype=np.int32)
     if spec.segments_files:
         image = ids_of_segments(image, path, spec.segments_files)
     if spec.label_colors is not None:
@@ -158,6 +162,15 @@ def read_label(path: str, spec: DatasetSpec, notes: Notes | None = None) -> tupl
     if not allowed.all():
         _refuse_ids(path, spec, image, present[~allowed])
     return image, table
+
+
+def _ids_by_palette(image: Image.Image, path: str, spec: DatasetSpec, notes: Notes | None) -> Image.Image:
+    """The network's ids of a layout in a data set's customary colours."""
+    table = f"the colours of dataset_mode {spec.name}; store ids, or these colours exactly"
+    ids = ids_from_colors(image, path, spec.palette, 0, table=table)
+    if notes is not None:
+        notes.add(f"label maps are pictures in the colours of {spec.name}: read by its palette", path)
+    return ids
 
 
 def _refuse_ids(path: str, spec: DatasetSpec, image: Image.Image, ids: np.ndarray) -> None:

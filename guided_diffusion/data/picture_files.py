@@ -1,6 +1,5 @@
 """Opening picture files: what their headers say, which formats change ids, and damage as errors that name the file."""
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -81,17 +80,14 @@ def read_orientation(picture: Image.Image) -> int:
 
 
 def open_undecoded(path: str, kind: str, max_pixels: int | None = None) -> Image.Image:
-    """Pillow's picture of a file whose header is read. Raises DataError where it has too many pixels: more than
-    `max_pixels`, by default than Pillow opens (twice its `MAX_IMAGE_PIXELS`); and what Pillow raises for other faults.
-    """
-    try:
-        with _any_size() if max_pixels else nullcontext():
-            image, refused = Image.open(open_stream(path)), False
-    except Image.DecompressionBombError:
-        with _any_size():
-            image, refused = Image.open(open_stream(path)), True
+    """Pillow's picture of a file whose header is read. Raises DataError where it has more than `max_pixels`, by default
+    as many as Pillow opens (twice its `MAX_IMAGE_PIXELS`); and what Pillow raises for other faults."""
+    if max_pixels is None and Image.MAX_IMAGE_PIXELS:
+        max_pixels = 2 * Image.MAX_IMAGE_PIXELS
+    with _any_size():
+        image = Image.open(open_stream(path))
     pixels = image.width * image.height
-    if refused or pixels > (max_pixels or math.inf):
+    if max_pixels and pixels > max_pixels:
         raise DataError(
             f"the {kind} {path} is too large to read safely ({round(pixels / 1e6)} megapixels): cut it into tiles with"
             f' scripts/data/tile_dataset.py, or raise "max_pixels" in dataset.json (dataset_mode custom) to {pixels}'
@@ -104,7 +100,7 @@ _limit = threading.RLock()  # Pillow's limit is a variable that all threads shar
 
 @contextmanager
 def _any_size() -> Iterator[None]:
-    """Pillow's own limit is off, for reading one file."""
+    """Pillow's own limit is off, with its warning, for reading one file."""
     with _limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -146,7 +142,7 @@ def open_picture(
             )
         header = read_header(image)
         orientation = read_orientation(image) if turnable or header.format == "TIFF" else 1
-        with _any_size() if max_pixels else nullcontext():  # of a TIFF it asks again
+        with _any_size() if header.format == "TIFF" else nullcontext():  # where Pillow asks again
             image.load()
         if header.format == "TIFF" and orientation in _BACK and read_orientation(image) == 1:
             image = image.transpose(_BACK[orientation])  # Pillow turned it

@@ -36,7 +36,7 @@ def proposal_for_ids(counts: Mapping[int, int], spec: DatasetSpec) -> str:
             f'if {foreign[0]} means unlabelled, put "ignore_id": {foreign[0]} into dataset.json, beside "classes": it'
             f" becomes one more class, so that --num_classes is {classes + 1}"
         )
-    return _softened(counts, classes)
+    return _softened(counts, spec, classes)
 
 
 def _spread_ids(ids: list[int], classes: int) -> dict[int, int] | None:
@@ -55,7 +55,7 @@ def _spread_ids(ids: list[int], classes: int) -> dict[int, int] | None:
     return {i: k for k, i in enumerate(ids)} if len(ids) == classes and ids[0] >= 0 else None
 
 
-def _softened(counts: Mapping[int, int], classes: int) -> str:
+def _softened(counts: Mapping[int, int], spec: DatasetSpec, classes: int) -> str:
     """Says so where a few values far apart have most pixels, and many values between them the rest."""
     total = sum(counts.values())
     peaks = sorted(i for i, pixels in counts.items() if pixels >= _PEAK * total)
@@ -63,7 +63,7 @@ def _softened(counts: Mapping[int, int], classes: int) -> str:
     gap = min((b - a for a, b in itertools.pairwise(peaks)), default=0)
     if not 2 <= len(peaks) <= classes or len(counts) < len(peaks) + 5 or gap < _LEAST_GAP or max(counts) > 255:
         return ""
-    entries = [{"name": f"class {k}", "color": [value] * 3} for k, value in enumerate(peaks)]
+    entries = [{"name": spec.class_names[k], "color": [value] * 3} for k, value in enumerate(peaks)]
     return (
         f"{_share(odd, total)} of the pixels have one of {len(counts) - len(peaks)} other values than"
         f" {', '.join(map(str, peaks))}, as softened edges or JPEG noise leave them: save the mask without smoothing,"

@@ -101,20 +101,25 @@ class DatasetSpec:
     instances: str = "none"
     crop: str = "square"
     label_colors: np.ndarray | None = None
+    palette_layouts: bool = False  # label maps of ids may be pictures in the palette's colours as well
     color_tolerance: int = 0  # how far a pixel's colour may be from its class's
     segments_files: tuple[str, ...] = ()  # JSON files of the segments, where label maps are panoptic maps
     label_scale: bool = False  # labels may be smaller or larger than their photograph, of the same aspect
     grey: bool = False
     exif: str = "ignore"
+    icc: str = "ignore"  # colour profiles of photographs: "convert" (to sRGB) or "ignore"
     max_pixels: int | None = None  # of a picture file; None: as many as Pillow opens
     preparation: str = ""  # the end of a message about files that are missing: what makes them
 
     @property
     def label_content(self) -> str:
-        """What label maps hold: "ids", "colors" (of classes), "nearby colors" or "segments" (of panoptic maps)."""
+        """What label maps hold: "ids", "colors" (of classes), "nearby colors", "segments" (of panoptic maps), or
+        "ids or colors" (of the palette)."""
         if self.label_colors is not None:
             return "nearby colors" if self.color_tolerance else "colors"
-        return "segments" if self.segments_files else "ids"
+        if self.segments_files:
+            return "segments"
+        return "ids or colors" if self.palette_layouts else "ids"
 
     def lookup_table(self, size: int) -> np.ndarray:
         """int32 [size]: the network's id for each id in a file, -1 where that id is not allowed."""
@@ -333,6 +338,7 @@ def _custom(data_dir: str | os.PathLike | None, num_classes: int | None, recorde
         label_scale=settings.get("label_scale", False),
         grey=settings.get("grey", False),
         exif=settings.get("exif", "refuse"),
+        icc=settings.get("icc", "convert"),
         max_pixels=settings.get("max_pixels"),
     )
     return with_num_classes(spec, num_classes)

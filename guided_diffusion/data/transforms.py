@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
+from .color_profiles import to_srgb
 from .masks import open_map, read_instances, read_label
+from .notes import Notes
 from .picture_files import TURNS, Header, lossy_format, open_picture, read_header, read_orientation
 from .specs import DataError, DatasetSpec
 
@@ -126,10 +128,11 @@ def cached_image(image: Image.Image, image_size: int, crop: str, training: bool,
     return image
 
 
-def read_image(path: str, spec: DatasetSpec) -> Image.Image:
+def read_image(path: str, spec: DatasetSpec, notes: Notes | None = None) -> Image.Image:
     """A photograph as RGB.
 
-    Grey, palette and CMYK pictures are converted, an opaque alpha channel is dropped. Raises DataError for unreadable
+    Grey, palette and CMYK pictures are converted, an opaque alpha channel is dropped, and colours of another profile
+    become sRGB unless `spec.icc` is "ignore"; `notes` collects that. Raises DataError for unreadable
     files, real transparency, more than 8 bits per channel, and an orientation tag that `spec.exif` refuses.
     """
     image, header, orientation = open_picture(path, "photograph", spec.exif != "ignore", spec.max_pixels)
@@ -151,6 +154,8 @@ def read_image(path: str, spec: DatasetSpec) -> Image.Image:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             raise DataError(f"the photograph {path} is partly transparent; flatten it onto a background")
+    if spec.icc == "convert":
+        image = to_srgb(image, path, notes if notes is not None else Notes())
     if spec.grey:
         image = image.convert("L")
     return image.convert("RGB")

@@ -30,6 +30,7 @@ def open_splits(
         image_size=model.image_size,
         num_classes=model.num_classes,
         use_instances=not model.no_instance,
+        instances=data.instances or (recorded or {}).get("data", {}).get("instances", ""),
         seed=config.seed,
         skip_bad=config.skip_bad,
     )
@@ -39,7 +40,8 @@ def open_splits(
     )  # fmt: skip
     if dataset.has_instances == model.no_instance:
         raise ConfigError(
-            f"{data.data_dir} has no instance maps, and the network expects their edges: give --no_instance True"
+            f"{data.data_dir} has no instance maps, and the network expects their edges: give --instances from_labels"
+            " (edges between classes take their place), or --no_instance True"
         )
     try:
         validation = open_dataset(split="val", **common)
@@ -48,7 +50,7 @@ def open_splits(
     if validation.has_instances != dataset.has_instances:
         raise ConfigError(
             f"{data.data_dir}: the training split has instance maps, the validation split has none; add them, or give "
-            "--no_instance True"
+            "--instances from_labels (edges between classes take their place) or --no_instance True"
         )
     return dataset, validation
 
@@ -81,6 +83,7 @@ def open_layouts(
         num_classes=model.num_classes,
         use_instances=not model.no_instance,
         labels_dir=config.labels_dir or None,
+        instances=data.instances,
         training=False,
         dataset_json=trained_with if alone else None,
     )
@@ -89,7 +92,10 @@ def open_layouts(
         + (", of a results folder: its ids are taken as the network's" if results else "")
     )
     if dataset.has_instances == model.no_instance:
-        raise ConfigError("the network needs instance maps (it was trained with their edges), the data has none")
+        raise ConfigError(
+            "the network needs instance maps (it was trained with their edges), the data has none: add them, or give"
+            " --instances from_labels (edges between classes take their place)"
+        )
     return dataset
 
 

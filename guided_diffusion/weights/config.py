@@ -61,7 +61,7 @@ def checked_config(content: Any) -> dict[str, Any]:
 
 def other_library(content: Any) -> str:
     """The library whose model a `config.json` describes, where it is a known one other than this; else empty."""
-    if not isinstance(content, dict) or content.keys() & _NEEDED.keys():
+    if not isinstance(content, dict) or any(content.get(name) for name in _NEEDED):
         return ""
     if "_class_name" in content or "_diffusers_version" in content:
         return f"diffusers ({content.get('_class_name', 'unnamed')})"

@@ -317,9 +317,8 @@ def check_settings(options: argparse.Namespace, settings: dict, made: dict) -> N
             f" go on using it, but changes of {options.data_dir} would not be noticed; {remedy}"
         )
     old, new = ({**part, **part["spec"], "spec": None, "complete": None} for part in (made, settings))
-    changed = [
-        f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in {**old, **new} if old.get(key) != new.get(key)
-    ]
+    # What an earlier version of this program did not know, it does not contradict.
+    changed = [f"{key} was {old[key]!r}, is {new.get(key)!r}" for key in old if old[key] != new.get(key)]
     if changed:
         raise DataError(
             f"{options.cache_dir} is a cache for other settings (of the command or of dataset.json):"

@@ -4,7 +4,8 @@
 
 For every split: pairs by name, headers (sizes, modes), then pixels (damaged files, ids that do not fit num_classes,
 colours of no class, instance maps). Writes into --report_dir: overview_SPLIT.png (layouts beside photographs),
-classes_SPLIT.png and classes.csv (how common each class is), problems.txt. The exit code is 1 where something is
+classes_SPLIT.png and classes.csv (how common each class is), duplicates.csv (photographs that are there twice, also
+saved again or resized), problems.txt. The exit code is 1 where something is
 wrong, 0 otherwise.
 """
 
@@ -20,13 +21,17 @@ from functools import partial
 import numpy as np
 
 from guided_diffusion.data.checks import SplitReport, check_headers, check_pixels, summarize
+from guided_diffusion.data.duplicates import find_duplicates
 from guided_diffusion.data.listing import Item, pair_files, printable, read_cache_settings, unread_files
 from guided_diffusion.data.pictures import bar_chart, colorize, contact_sheet, save_png
 from guided_diffusion.data.specs import DATASET_MODES, DataError, DatasetSpec, MissingSplitError, get_spec
+from guided_diffusion.data.thin_classes import Components, lost_components, thin_classes
 from guided_diffusion.data.transforms import read_image, read_label, sampling_geometry
 from guided_diffusion.hosts.parallel import map_in_processes
 
 SHOWN_PROBLEMS = 20
+MOST_DUPLICATES = 10_000
+MEASURED_MAPS = 200
 SHOWN_SCENES = 6
 
 
@@ -35,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", required=True, help="the data set; a folder or a bucket")
     parser.add_argument("--dataset_mode", required=True, choices=DATASET_MODES)
     parser.add_argument("--num_classes", type=int, help="the network's classes (default: those of the data set)")
-    parser.add_argument("--image_size", type=int, default=256, help="for the overview and the check of aspects")
+    parser.add_argument("--image_size", type=int, default=256, help="for the overview, and what is lost by resizing")
     parser.add_argument("--no_instance", default="False", help="True: do not ask for instance maps")
     parser.add_argument("--report_dir", default=os.path.join("OUTPUT", "verify"), help="where pictures and lists go")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
@@ -93,7 +98,7 @@ def verify(spec: DatasetSpec, options: argparse.Namespace) -> list[str]:
             continue  # val and test are one folder
         listed.update(item.image for item in items[:1])
         report = check_split(spec, split, items, options)
-        report.notes += unread_files(spec, options.data_dir, split)
+        report.notes += unread_files(spec, options.data_dir, split) + lost_classes(spec, items, options)
         problems += [f"{split}: {problem}" for problem in unpaired + report.problems]
         describe(spec, split, report)
         reports[split] = report
@@ -101,6 +106,7 @@ def verify(spec: DatasetSpec, options: argparse.Namespace) -> list[str]:
             draw_split(spec, split, items, report, options)
     if reports:
         write_classes(spec, reports, options.report_dir)
+        write_duplicates(reports, options.report_dir)
     return problems
 
 
@@ -112,6 +118,23 @@ def check_split(spec: DatasetSpec, split: str, items: list[Item], options: argpa
     whole = [item for item, report in zip(items, headers, strict=True) if not report.problems]
     pixels = list(map_in_processes(partial(check_pixels, spec), whole, f"{split}: pixels", options.workers))
     return summarize(spec, items, headers, pixels, options.image_size)
+
+
+def lost_classes(spec: DatasetSpec, items: list[Item], options: argparse.Namespace) -> list[str]:
+    """A note where resizing to image_size loses most components of some classes; of MEASURED_MAPS label maps at most,
+    because it takes longer than the other checks."""
+    places = np.linspace(0, len(items) - 1, min(MEASURED_MAPS, len(items))).astype(int)
+    some, total = [items[place] for place in dict.fromkeys(places.tolist())], Components()
+    measure = partial(lost_components, spec, options.image_size)
+    for found in map_in_processes(measure, some, "components", options.workers):
+        total.add(found)
+    thin = [f"{spec.class_names[c]} ({lost} of {count})" for c, lost, count in thin_classes(total)]
+    if not thin:
+        return []
+    return [
+        f"at image size {options.image_size}, more than half of the areas of these classes vanish (in {len(some)} label"
+        f" maps): {', '.join(thin)}; train larger, or cut tiles (scripts/data/tile_dataset.py)"
+    ]
 
 
 def describe(spec: DatasetSpec, split: str, report: SplitReport) -> None:
@@ -133,6 +156,7 @@ def describe(spec: DatasetSpec, split: str, report: SplitReport) -> None:
 def bits(mode: str) -> str:
     """What a Pillow mode means for a map."""
     names = {"L": "8 bits", "P": "8 bits with a palette", "1": "1 bit", "RGB": "colours"}
+    names |= {"RGBA": "colours and transparency", "LA": "8 bits and transparency", "F": "floating-point numbers"}
     return names.get(mode, "16 bits or more" if mode.startswith("I") else f"mode {mode}")
 
 
@@ -188,6 +212,28 @@ def write_classes(spec: DatasetSpec, reports: dict[str, SplitReport], report_dir
             shares += [report.pixels[i] / max(report.pixels.sum(), 1), report.images[i] / max(report.items, 1)]
         writer.writerow([i, name, *(f"{share:.6g}" for share in shares)])
     write_text(report_dir, "classes.csv", stream.getvalue())
+
+
+def write_duplicates(reports: dict[str, SplitReport], report_dir: str) -> None:
+    """Prints how many photographs are there twice, within and across splits; duplicates.csv names them."""
+    places = [(split, name) for split, report in reports.items() for name in report.fingerprints]
+    prints = [found for report in reports.values() for found in report.fingerprints.values()]
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["kind", "split", "name", "other_split", "other_name"])
+    pairs = find_duplicates(prints, MOST_DUPLICATES)
+    for i, j, equal in pairs:
+        (split, name), (other_split, other), kind = places[i], places[j], "exact" if equal else "near"
+        writer.writerow([kind, split, printable(name), other_split, printable(other)])
+        groups.setdefault((kind, split, other_split), []).append(f"{name} and {other}")
+    write_text(report_dir, "duplicates.csv", stream.getvalue())
+    for (kind, split, other), names in sorted(groups.items(), key=lambda group: group[0][1] == group[0][2]):
+        where = f"within {split}" if split == other else f"in both {split} and {other}, which then measures nothing new"
+        count = f"{len(names)} {kind} duplicate" + ("s" if len(names) > 1 else "")
+        print(f"note: {count} {where} ({printable(names[0])}{', ...' * (len(names) > 1)}; duplicates.csv)")
+    if len(pairs) == MOST_DUPLICATES:
+        print(f"note: there are more duplicates than the {MOST_DUPLICATES} that were looked for")
 
 
 def write_text(folder: str, name: str, text: str) -> None:
