@@ -31,6 +31,8 @@ from guided_diffusion.weights import store
 def main() -> int:
     flags = parse_flags([SampleConfig, DataConfig, ModelConfig, DiffusionConfig, PlanConfig], description=__doc__)
     set_numerics()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     world = dist_util.setup()
     with dist_util.report_errors(
         world, (ConfigError, ValueError, FileNotFoundError, FloatingPointError, store.CheckpointError)

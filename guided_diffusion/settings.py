@@ -470,6 +470,8 @@ def check_range(config: Any, least: float, *names: str, below: float | None = No
 
 def check_place(name: str, path: str, schemes: tuple[str, ...] = ()) -> None:
     """:raises ConfigError: an address of a kind that cannot be read there (`schemes`: which can)."""
+    if "\0" in path:
+        raise ConfigError(f"{name} is {path!r}, and no path holds a zero byte")
     scheme, separator, _ = path.partition("://")
     if separator and scheme not in schemes:
         known = f" or an address {', '.join(f'{s}://' for s in schemes)}" if schemes else ""

@@ -1,4 +1,5 @@
-"""Sizes that no machine can hold are refused by name, before memory is taken; planning them takes none."""
+"""Values out of range, and sizes that no machine can hold, are refused by name, before memory is taken; planning takes
+none."""
 
 import tracemalloc
 
@@ -56,6 +57,27 @@ def test_absurd_sizes_are_refused_by_name(name, value, make):
     taken = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert taken < 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    "cls,name,value",
+    [
+        (TrainConfig, "seed", 2**64),
+        (TrainConfig, "seed", -1),
+        (TrainConfig, "max_steps", 2**64),
+        (TrainConfig, "lr", float("inf")),
+        (TrainConfig, "logdir", "s3://bucket/run"),
+        (TrainConfig, "resume_checkpoint", "a\0b"),
+        (DataConfig, "num_workers", -1),
+        (DataConfig, "data_dir", "s3://bucket/set"),
+        (ModelConfig, "num_channels", 0),
+        (ModelConfig, "dropout", float("nan")),
+        (ModelConfig, "channel_mult", "0.01,1"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(cls, name, value):
+    with pytest.raises(ConfigError, match=name):
+        check(cls, **(TINY if cls is ModelConfig else {}) | {name: value})
 
 
 def test_a_network_that_exceeds_the_memory_is_refused_before_it_is_made(monkeypatch):

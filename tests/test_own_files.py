@@ -107,7 +107,13 @@ def test_only_what_the_record_names_is_replaced_or_removed(camvid, tmp_path):
     assert contents(out) == before
     with pytest.raises(PreparationError, match=r"was made by 'prepare_camvid\.py', not by make_scenes\.py"):
         open_output(out, "make_scenes.py", {"train/images": {"a.png"}})
-    for record in ("[]", "{", '{"files": {"../x": ["a.png"]}, "dataset_json": []}', '{"files": {}}'):
+    for record in (
+        "[]",
+        "{",
+        '{"files": {"\\ud800": ["a.png"]}, "dataset_json": []}',
+        '{"files": {"../x": ["a.png"]}, "dataset_json": []}',
+        '{"files": {}}',
+    ):
         (out / "prepared.json").write_text(record)
         with pytest.raises(PreparationError, match=r"prepared\.json is no record"):
             prepare(camvid, out)
@@ -202,7 +208,17 @@ def cached(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files", [["../x.png"], ["train/../../x.png"], ["/x.png"], ["dataset.json"], ["train/images/notes.txt"], [7], "x"]
+    "files",
+    [
+        ["../x.png"],
+        ["train/../../x.png"],
+        ["/x.png"],
+        ["dataset.json"],
+        ["train/images/notes.txt"],
+        ["\ud800.png"],
+        [7],
+        "x",
+    ],
 )
 def test_a_line_of_the_record_reaches_nothing_outside_the_cache(cached, tmp_path, files):
     _, cache, make = cached

@@ -231,6 +231,16 @@ def test_sampling_json(root):
     run_program()
 
 
+def test_a_results_folder_whose_name_is_no_text(root):
+    folder = root / os.fsdecode(b"results\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes names of text alone")
+    assert sample(root / "run", folder) == 0 and (folder / "samples" / "scene0.png").exists()
+    shutil.rmtree(folder)
+
+
 # -- best.json and manifests ------------------------------------------------------------------------------------------
 
 RATES = ("0.9",)
@@ -318,6 +328,15 @@ def test_what_a_training_leaves(tmp_path, name):
             assert isinstance(json.loads(after["run/best.json"])["0.9"]["loss"], float)
 
     go_on()
+
+
+def test_a_manifest_is_quoted_in_one_line(tmp_path):
+    run, told = write_run(tmp_path / "run"), []
+    manifest = manifest_of(4)
+    manifest["files"]["two\nlines\ud800"] = {"size": 1, "sha256": ""}
+    (run / "checkpoint000004.json").write_text(json.dumps(manifest))
+    find_and_go_on(run, told.append)
+    assert any("two\\nlines\\ud800 is missing" in line for line in told) and not any("\n" in line for line in told)
 
 
 def test_a_training_goes_on_or_says_why_not(root, tmp_path):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
+from ..data.listing import printable
 from ..weights import publishing, store
 
 
@@ -34,7 +35,7 @@ class LogDirectory:
         # A run that is just saving its last step must not be read before it has.
         if os.path.isdir(self.folder) and not self.reads_only:
             self._take()
-        return store.newest_complete(self.folder, warn)
+        return store.newest_complete(self.folder, lambda line: warn(printable(line)))  # it quotes what a manifest says
 
     def open(self) -> None:
         """Makes the directory where it is missing, and removes what a killed run left half written.

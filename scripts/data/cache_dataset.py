@@ -233,11 +233,19 @@ def _are_cached(names: object) -> bool:
     """Whether these can be files of a cache: pictures, by their path below its folder."""
     return isinstance(names, list) and all(
         isinstance(name, str)
-        and "\0" not in name
+        and _is_possible(name)
         and not {"", ".", ".."} & set(name.split("/"))
         and os.path.splitext(name)[1].lower() in (*IMAGE_EXTENSIONS, *MAP_EXTENSIONS)
         for name in names
     )
+
+
+def _is_possible(name: str) -> bool:
+    """Whether a file can have this name."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def record_line(split: str, name: str, record: Record) -> str:

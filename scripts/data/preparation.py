@@ -198,6 +198,8 @@ def _read_record(out: Path, program: str) -> dict[str, Any]:
         names = [name for folder, names in files.items() for name in [*names, *folder.split("/")]]
         if not all(isinstance(n, str) and n and n not in (".", "..") and "/" not in n for n in [*names, *written]):
             raise ValueError("a name in it is none")
+        for name in names:
+            os.fsencode(name)  # a ValueError, too, where no file can have this name
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PreparationError(f"{path} is no record of what is in {out} ({error}); choose another folder") from None
     if path.is_symlink() or record.get("program") != program:
