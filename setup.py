@@ -58,6 +58,7 @@ setup(
         # setuptools: for a wheel
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "matplotlib",

@@ -5,4 +5,4 @@ source "$(dirname "$0")/common.sh"
 use_environment mpi,test
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@" # two processes: a file of tests shares what it prepares

@@ -215,8 +215,8 @@ def test_loading_is_strict(folder, tmp_path):
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     name = "middle_block.0.in_norm.mlp_shared.0.weight"
     cases = {
-        "missing": ({n: t for n, t in weights.items() if n != name}, "1 weights are missing, for example " + name),
-        "extra": (weights | {"extra.weight": torch.zeros(1)}, "not known to the network, for example extra.weight"),
+        "missing": ({n: t for n, t in weights.items() if n != name}, f"the first that it lacks is {name}"),
+        "extra": (weights | {"extra.weight": torch.zeros(1)}, "not known to the network, the first is extra.weight"),
         "shape": (weights | {name: torch.zeros(128, 9, 3, 3)}, "9 layout channels, the flags give 4"),
     }
     for case, (changed, message) in cases.items():
@@ -226,11 +226,15 @@ def test_loading_is_strict(folder, tmp_path):
             SDMPipeline.from_pretrained(broken)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a file of this kind", None], ids=["empty", "other", "cut short"])
-def test_damaged_weights(folder, tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage,message",
+    [(b"", "is empty"), (b"not a file of this kind", "is no safetensors file"), (None, "is truncated")],
+    ids=["empty", "other", "cut short"],
+)
+def test_damaged_weights(folder, tmp_path, damage, message):
     broken = copied(folder, tmp_path / "broken") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-5] if damage is None else damage)
-    with pytest.raises(CheckpointError, match=f"{broken} is not a whole .safetensors file"):
+    with pytest.raises(CheckpointError, match=f"{broken} {message}"):
         SDMPipeline.from_pretrained(broken.parent)
     broken.unlink()
     with pytest.raises(CheckpointError, match=f"there is no checkpoint {broken}"):

@@ -325,6 +325,24 @@ def test_without_a_map_names_decide_and_instances_are_taken_where_the_data_has_t
     assert not json.loads((tmp_path / "config.json").read_text())["model"]["no_instance"]
 
 
+def test_a_file_of_another_program_needs_no_record(places, tmp_path):
+    """Weights in a wrapper, with a prefix, and no config.json: the settings follow from their shapes and the flags."""
+    average = torch.load(places / "base" / "ema_0.9_best.pt", weights_only=True)
+    (tmp_path / "bare").mkdir()
+    file = tmp_path / "bare" / "last.ckpt"
+    torch.save({"model": average, "ema": {f"module.{name}": value for name, value in average.items()}}, file)
+    (tmp_path / "bare" / "dataset.json").write_text(json.dumps({"classes": OLD}))
+    flags = NETWORK | {"transfer_from": file, "lr": 0}
+    result = run_here("image_train.py", *starting(places, tmp_path / "run", **flags))
+    assert result.returncode == 1 and "--weights_key" in result.stdout, result.stdout
+    result = run_here("image_train.py", *starting(places, tmp_path / "run", **flags, weights_key="ema"))
+    assert result.returncode == 0 and "took the prefix module." in result.stdout, result.stdout
+    rows = [Row("", tuple(ids), BY_MAP) for ids in ROWS]
+    expected = adapt(average, rows, old_edge=True, new_edge=False, learn_sigma=DIFFUSION["learn_sigma"])
+    weights = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -334,7 +352,7 @@ def test_without_a_map_names_decide_and_instances_are_taken_where_the_data_has_t
         (dict(transfer_from="{root}/base/opt000001.pt"), r"does not hold a network's state dict"),
         (
             dict(transfer_from="{root}/other.pt", no_instance=True),
-            r"other\.pt holds no SDM network: it has no time_embed\.0\.weight",
+            r"other\.pt does not hold the weights of an SDM network",
         ),
         (dict(class_map="{root}/wrong.json"), r"wrong\.json: the new data has no class 'roof'"),
         (dict(num_channels=64), r"--num_channels 64 contradicts .* num_channels 32"),

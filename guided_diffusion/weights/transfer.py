@@ -18,12 +18,12 @@ from ..settings import ConfigError, TrainConfig
 from . import store
 from .checkpoint_classes import known_classes
 from .class_map import MEAN, NONE, Row, match_classes, read_class_map, without_meaning
+from .from_shapes import read_shapes
 from .reading import Note
 
 JSON_NAME, TEXT_NAME = "transfer.json", "transfer.txt"  # in the log directory
 LAYOUT_WEIGHT = ".mlp_shared.0.weight"  # the end of the names of weights [128, layout channels, 3, 3]
 OUTPUT = ("out.2.weight", "out.2.bias")  # [3 or 6, ...]
-_LANDMARKS = ("time_embed.0.weight", "input_blocks.0.0.weight", f"middle_block.0.in_norm{LAYOUT_WEIGHT}", *OUTPUT)
 _IMAGE_CHANNELS = 3
 _SHOWN = 12
 
@@ -115,7 +115,7 @@ class Request:
             the map is wrong, or names are needed that are not known.
         """
         state = _read(self.checkpoint, self.weights_key)
-        channels = state[_LANDMARKS[2]].shape[1]
+        channels = read_shapes(state, self.checkpoint).layout_channels
         old_classes, old_edge = known_classes(self.checkpoint, channels)
         class_map = read_class_map(self.class_map) if self.class_map else None
         if class_map is None and without_meaning(old_classes):
@@ -230,11 +230,7 @@ def _change(before: bool, now: bool) -> str:
 def _read(checkpoint: str, key: str, note: Note | None = None) -> dict[str, torch.Tensor]:
     """:raises CheckpointError: it cannot be read, or is no SDM network."""
     state = store.load_weights(checkpoint, key, note)
-    if missing := [name for name in _LANDMARKS if name not in state]:
-        raise store.CheckpointError(
-            f"{checkpoint} holds no SDM network: it has no {missing[0]} (it has {len(state)} weights, the first is "
-            f"{next(iter(state))}); give an SDM checkpoint (--transfer_from)"
-        )
+    read_shapes(state, checkpoint)
     shapes = {tuple(weight.shape) for name, weight in state.items() if name.endswith(LAYOUT_WEIGHT)}
     if len(shapes) > 1 or any(len(shape) != 4 for shape in shapes) or any(state[name].ndim == 0 for name in OUTPUT):
         raise store.CheckpointError(
