@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 
 from .data.class_lists import moved_classes, recorded_classes
-from .data.transforms import lossy_format, open_map, read_header
+from .data.masks import read_ids
 from .fp16_util import PRECISIONS
-from .hosts.memory import available_memory
+from .hosts.memory import free_memory
 from .layouts.encode import encode_label_map, to_uint8
 from .layouts.spade import Layout
 from .respace import SpacedDiffusion
+from .sampling.encoded_layouts import EncodedLayouts
 from .sampling.external import as_sampler, make_solver
 from .sampling.guidance import Guide, Predictor
 from .sampling.loop import Moment, run_moves
@@ -47,7 +48,7 @@ from .settings import (
 )
 from .unet import UNetModel
 from .weights import hub, store
-from .weights.from_shapes import describe
+from .weights.from_shapes import UNSEEN, describe
 from .weights.model_card import About, Example, card_files, read_figures
 
 _LOG = logging.getLogger(__name__)
@@ -98,16 +99,14 @@ class SDMPipeline:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device, memory_format=torch.channels_last).convert_to(PRECISIONS[precision])
         self.model.eval().requires_grad_(False)
-        self.reuses_buffers = compile  # kept maps stay at one address, as a graph's replay needs it
+        self.compiled = compile
         if compile:
             self.model.compile_prediction()
         self.model_config, self.diffusion_config = model_config, diffusion_config
         self.sharing_memory = 1  # processes among which the device's free memory is divided
         self._size_is_noted = False
         self._diffusions: dict[tuple[str, int], SpacedDiffusion] = {}
-        self._lock = threading.Lock()  # for the two below, which calls from several threads share
-        self._null: tuple[tuple[int, int], Layout] | None = None  # the null layout of the last size
-        self._buffers: tuple[tuple[int, ...], Layout] | None = None  # the kept layout of the last run, of that shape
+        self.layouts = EncodedLayouts(self.model, reuse=compile)  # a graph's replay needs maps at one address
         self._guides = threading.Lock()
         self._guide: tuple[str, SDMPipeline] | None = None  # the network of the last guide_path
 
@@ -233,8 +232,7 @@ class SDMPipeline:
         sampling = ({"s": 1.0} if undropped else {}) | {"seed": 0} | sampling
         sample = self(label_map, instance_map=instance_map, **sampling)[0]
         label, instance = (
-            None if source is None else self._read_map(source, "map").numpy()[0, 0]
-            for source in (label_map, instance_map)
+            None if source is None else _read_ids(source, "map").numpy()[0, 0] for source in (label_map, instance_map)
         )
         told = {key: getattr(Sampling, key) for key in ("s", "sampler", "num_steps")} | sampling
         told["sampler"] = as_sampler(told["sampler"])  # its name
@@ -272,7 +270,7 @@ class SDMPipeline:
         check_guidance(sampling.get("guidance", Sampling.guidance), sampling)
         if sampling.get("timestep_respacing") and "num_steps" not in sampling:
             sampling["num_steps"] = 0
-        label = self._read_map(label_map, "label map")
+        label = _read_ids(label_map, "label map")
         if label.max() >= self.model_config.num_classes or label.min() < 0:
             raise ValueError(
                 f"the label map has ids {int(label.min())} to {int(label.max())}; the network knows "
@@ -288,7 +286,7 @@ class SDMPipeline:
         if isinstance(instance_map, str) and instance_map == "from_labels":
             instance = label
         else:
-            instance = None if instance_map is None else self._read_map(instance_map, "instance map")
+            instance = None if instance_map is None else _read_ids(instance_map, "instance map")
         seeds, chosen = [image_seed(seed, name, index) for index in range(samples)], Sampling(**sampling)
         return [
             Image.fromarray(picture)
@@ -363,10 +361,10 @@ class SDMPipeline:
         solver = make_solver(sampling.sampler, diffusion, sampling.eta)
         guidance = sampling.make_guidance()
         worse = self.guide(sampling)
-        with contextlib.ExitStack() as layouts:
-            layout = layouts.enter_context(self._layout(y, keep))
-            null = self._null_layout(y, keep) if guidance.other == "null" else None
-            guide = worse and worse._as_guide_of(diffusion, layouts.enter_context(worse._layout(y, keep)))
+        with contextlib.ExitStack() as stack:
+            layout = stack.enter_context(self.layouts.encoded(y, keep))
+            null = self.layouts.null(y, keep) if guidance.other == "null" else None
+            guide = worse and worse._as_guide_of(diffusion, stack.enter_context(worse.layouts.encoded(y, keep)))
             del y  # where scale and shift are kept, nothing else needs the maps
             for moment in run_moves(
                 diffusion,
@@ -421,15 +419,16 @@ class SDMPipeline:
 
     def _read_guide(self, path: str) -> SDMPipeline:
         settings = {}
-        if store.read_config(path) is None:  # a published checkpoint: of the same kind as this network
-            settings = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.diffusion_config)}
+        if store.read_config(path) is None:  # what its weights do not show is as in this network
+            own = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.diffusion_config)}
+            settings = {name: own[name] for name in (*UNSEEN, "num_classes", "no_instance")}
         guide = SDMPipeline.from_checkpoint(
             path,
             precision=self.precision,
             device=self.device,
             keep_modulations=self.keep_modulations,
-            compile=self.reuses_buffers,
-            **settings | ({"use_fp16": False} if settings else {}),
+            compile=self.compiled,
+            **settings,
         )
         if differences := guide_differences(self, guide):
             raise ConfigError(
@@ -471,48 +470,6 @@ class SDMPipeline:
         networks = self.networks(sampling) if sampling else [self]
         return sum(network.model.modulation_bytes(height, width) for network in networks)
 
-    @contextlib.contextmanager
-    def _layout(self, y: torch.Tensor, keep: bool) -> Iterator[Layout]:
-        """The encoded layout, for as long as it is needed."""
-        if not (keep and self.reuses_buffers):
-            layout = self.model.encode_layout(y, keep)
-            del y  # this frame lives as long as the layout, and must not hold the maps
-            yield layout
-            return
-        shape = tuple(y.shape)
-        with self._lock:  # whoever takes the buffers has them alone
-            (known, buffers), self._buffers = self._buffers or (None, None), None
-        layout = self.model.encode_layout(y, keep, buffers if known == shape else None)
-        del y
-        try:
-            yield layout
-        finally:
-            with self._lock:
-                self._buffers = (shape, layout)
-
-    def _null_layout(self, y: torch.Tensor, keep: bool) -> Layout:
-        """The null layout of the size of y; a kept one is remembered for the next run of that size."""
-        if not keep:
-            return self.model.encode_layout(torch.zeros_like(y[:1]))
-        size = tuple(y.shape[2:])
-        with self._lock:
-            if self._null is None or self._null[0] != size:
-                self._null = None  # freed before the other is made
-                self._null = (size, self.model.encode_layout(torch.zeros_like(y[:1]), keep=True))
-            return self._null[1]
-
-    def _read_map(self, source: Any, kind: str) -> torch.Tensor:
-        if isinstance(source, (str, os.PathLike)):
-            source = open_map(os.fspath(source), kind)
-        elif isinstance(source, Image.Image) and source.format and (lossy := lossy_format(read_header(source))):
-            raise ValueError(f"the {kind} was opened from a file stored as {lossy}, which may change ids; use a PNG")
-        ids = np.asarray(source)
-        if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iub":
-            raise ValueError(
-                f"the {kind} must be whole ids [H, W], one per pixel; got {ids.dtype} of shape {list(ids.shape)}"
-            )
-        return torch.from_numpy(ids.astype(np.int64))[None, None]
-
 
 def guide_differences(pipeline: SDMPipeline, guide: SDMPipeline) -> list[str]:
     """Why one network cannot guide another, a phrase for each reason, [] where it can.
@@ -542,9 +499,6 @@ def image_seed(seed: int, name: str, index: int) -> int:
     return stable_seed("image", whole_number("seed", seed), name, index)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device (what PyTorch holds unused counts as free)."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return available_memory()
+def _read_ids(source: Any, kind: str) -> torch.Tensor:
+    """The map of a caller, int64 [1, 1, H, W]."""
+    return torch.from_numpy(read_ids(source, kind))[None, None]

@@ -5,40 +5,34 @@ The flag, its default and its entry in the saved config follow from it (`script_
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import math
-import numbers
-import operator
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from .resample import SCHEDULE_SAMPLERS
 from .sampling.external import SchedulerSampler, as_sampler
 from .sampling.guidance import GUIDE, Guidance, check_options, make_guidance, method_options
 from .sampling.solvers import SAMPLERS
+from .setting_values import (  # noqa: F401 (callers know them as settings.*)
+    ConfigError,
+    another_default,
+    as_setting,
+    auto_choice,
+    binding_settings,
+    check_known,
+    check_place,
+    check_range,
+    numbers_of,
+    resolve_precision,
+    setting,
+    str2bool,
+)
 
 MOST_GUIDANCE = 1000.0  # far beyond any use; what is larger leaves the range of float32 in the steps
 # Far beyond any use, too: what is larger is a slip of the finger, and would take memory for hours before it fails.
 MOST_PIXELS, MOST_CLASSES, MOST_WIDTH, MOST_BLOCKS, MOST_LEVELS = 2**14, 2**15, 2**16, 100, 16
 MOST_STEPS, MOST_BATCH, MOST_PROCESSES, MOST_RANKS, MOST_JITTER = 10**5, 2**16, 2**10, 10**6, 100
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, malformed, or contradicts another; the message names both values."""
-
-
-def setting(default: Any, help: str, *, binding: bool = False) -> Any:
-    """A dataclass field with its help line. `binding`: a checkpoint is only good for the value it was trained with."""
-    return dataclasses.field(default=default, metadata={"help": help, "binding": binding})
-
-
-def another_default(cls: type, name: str, default: Any) -> Any:
-    """The field `name` of the dataclass `cls`, with its help line, for a class that derives from it."""
-    return dataclasses.field(default=default, metadata=cls.__dataclass_fields__[name].metadata)
 
 
 @dataclass
@@ -98,7 +92,7 @@ class ModelConfig:
         :raises ConfigError: attention at a height that no level of the network has.
         """
         levels = range(len(self.multipliers()))
-        asked = _numbers("attention_resolutions", self.attention_resolutions, int)
+        asked = numbers_of("attention_resolutions", self.attention_resolutions, int)
         for resolution, factor in zip(asked, self.attention_downsamplings(), strict=True):
             if factor not in [2**level for level in levels]:
                 heights = ", ".join(str(self.image_size // 2**level) for level in levels)
@@ -113,7 +107,7 @@ class ModelConfig:
     def multipliers(self) -> tuple[float, ...]:
         """The width multipliers, from the flag or, as traditionally, from image_size."""
         if self.channel_mult:
-            return tuple(_numbers("channel_mult", self.channel_mult, float))
+            return tuple(numbers_of("channel_mult", self.channel_mult, float))
         by_size = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
         if self.image_size not in by_size:
             raise ConfigError(
@@ -124,7 +118,7 @@ class ModelConfig:
 
     def attention_downsamplings(self) -> list[int]:
         factors = []
-        for resolution in _numbers("attention_resolutions", self.attention_resolutions, int):
+        for resolution in numbers_of("attention_resolutions", self.attention_resolutions, int):
             if resolution < 1:
                 raise ConfigError(f"attention_resolutions {self.attention_resolutions!r}: {resolution} is not a height")
             if resolution <= self.image_size and self.image_size % resolution:
@@ -235,7 +229,7 @@ class TrainConfig:
         rates = [rate.strip() for rate in self.ema_rate.split(",")]
         if not self.ema_rate.strip() or len(set(rates)) < len(rates):
             raise ConfigError(f"ema_rate {self.ema_rate!r} must be one or more different rates, as 0.999,0.9999")
-        for rate, value in zip(rates, _numbers("ema_rate", self.ema_rate, float), strict=True):
+        for rate, value in zip(rates, numbers_of("ema_rate", self.ema_rate, float), strict=True):
             if not 0 <= value < 1:
                 raise ConfigError(f"ema_rate {rate} is not in [0, 1)")
         return rates
@@ -414,117 +408,9 @@ class PlanConfig:
             )
 
 
-# -- values -----------------------------------------------------------------------------------------------------------
-
-
-def str2bool(text: str | bool) -> bool:
-    """True/False, yes/no, 1/0, as the traditional flags are written. :raises ArgumentTypeError: anything else."""
-    lowered = str(text).lower()
-    if lowered in ("true", "yes", "t", "y", "1"):
-        return True
-    if lowered in ("false", "no", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
-
-
-def as_setting(name: str, default: Any, value: Any) -> Any:
-    """`value` in the type of its default: "32" is 32, (1, 2) is "1,2". :raises ConfigError: it has no clear meaning."""
-    kind = type(default)
-    try:
-        if kind is tuple:
-            low, high = value.split(",") if isinstance(value, str) else value
-            return float(low), float(high)
-        if kind is bool:
-            return str2bool(value)
-        if kind is str:
-            if isinstance(value, (str, os.PathLike)):
-                return os.fspath(value)
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            if all(isinstance(part, numbers.Real) for part in parts):  # but not None: it would become a name
-                return ",".join(map(str, parts))
-        elif kind is float:
-            return float(value)
-        elif isinstance(value, str) or (isinstance(value, float) and value.is_integer()):
-            return int(value)
-        elif not isinstance(value, bool):
-            return operator.index(value)
-    except (TypeError, ValueError, argparse.ArgumentTypeError):
-        pass
-    wanted = {bool: "True or False", str: "text or numbers", float: "a number", int: "a whole number"}
-    wanted[tuple] = "LOW,HIGH, two numbers such as (0.1, 0.8)"
-    raise ConfigError(f"{name} must be {wanted[kind]}; got {value!r} ({type(value).__name__})")
-
-
-def check_range(config: Any, least: float, *names: str, below: float | None = None) -> None:
-    """:raises ConfigError: one of the numbers `names` of `config` is less than `least`, not below `below`, or not
-    finite; a whole number must fit 64 bits with a sign, unless `below` says another limit."""
-    for name in names:
-        value = getattr(config, name)
-        limit = below if below is not None else 2**63 if isinstance(value, int) else math.inf
-        if not least <= value < limit:
-            most = f" and below {below}" if below is not None else "" if value < least else ", and a number in range"
-            if below is not None and isinstance(value, int):
-                raise ConfigError(f"{name} must lie between {least} and {below - 1}; got {value}")
-            raise ConfigError(f"{name} must be at least {least}{most}; got {value}")
-
-
-def check_place(name: str, path: str, schemes: tuple[str, ...] = ()) -> None:
-    """:raises ConfigError: an address of a kind that cannot be read there (`schemes`: which can)."""
-    if "\0" in path:
-        raise ConfigError(f"{name} is {path!r}, and no path holds a zero byte")
-    scheme, separator, _ = path.partition("://")
-    if separator and scheme not in schemes:
-        known = f" or an address {', '.join(f'{s}://' for s in schemes)}" if schemes else ""
-        raise ConfigError(f"{name} must be a local path{known}; got {path}")
-
-
 def check_guidance(method: str, given: Iterable[str]) -> None:
     """:raises ConfigError: an unknown guidance method, or an option among the names `given` that another one takes."""
     try:
         check_options(method, given)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def check_known(names: Iterable[str], *classes: type) -> None:
-    """:raises ConfigError: a name that is no field of the `classes`; says which ones there are."""
-    known = sorted({field.name for cls in classes for field in dataclasses.fields(cls)})
-    if unknown := sorted(set(names) - set(known)):
-        near = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-        raise ConfigError(
-            f"unknown settings: {', '.join(unknown)}"
-            + (f" (is {' or '.join(dict.fromkeys(near))} meant?)" if near else "")
-            + f"; there are {', '.join(known)}"
-        )
-
-
-def auto_choice(name: str, value: object) -> str:
-    """The value of a flag that is auto, true or false, in lower case; True and False are welcome.
-
-    :raises ConfigError: any other value.
-    """
-    choice = str(value).lower()
-    if choice not in ("auto", "true", "false"):
-        raise ConfigError(f"{name} must be auto, true or false; got {value!r}")
-    return choice
-
-
-def resolve_precision(precision: str, use_fp16: bool) -> str:
-    """:raises ConfigError: an unknown precision, or one that contradicts use_fp16."""
-    if precision not in ("", "fp32", "fp16", "bf16"):
-        raise ConfigError(f"unknown precision {precision!r}: choose fp32, fp16 or bf16")
-    if use_fp16 and precision not in ("", "fp16"):
-        raise ConfigError(f"--use_fp16 True contradicts --precision {precision}")
-    return precision or ("fp16" if use_fp16 else "fp32")
-
-
-def _numbers(name: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        raise ConfigError(f"{name} {text!r} is not a list of numbers like 1,2,4") from None
-
-
-def binding_settings(config: Any) -> dict[str, Any]:
-    """The settings that a checkpoint is bound to, by name."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["binding"]}

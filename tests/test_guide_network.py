@@ -72,7 +72,7 @@ def labels(*maps: np.ndarray) -> torch.Tensor:
 def test_both_networks_are_asked_as_by_hand(checkpoint, guided, keep, monkeypatch):
     """Guided images are extrapolated, whatever each network predicts; no null layout is encoded."""
     pipeline = SDMPipeline.from_checkpoint(checkpoint, keep_modulations=keep)
-    monkeypatch.setattr(pipeline, "_null_layout", None)
+    monkeypatch.setattr(pipeline.layouts, "null", None)
     image = np.asarray(pipeline(LABEL, seed=3, name="a", **guided)[0]).astype(int)
     worse = SDMPipeline.from_checkpoint(guided["guide_path"])
     ours, theirs = pipeline.diffusion("", 4), worse.diffusion("", 4)
@@ -124,7 +124,7 @@ def test_memory_is_that_of_both_networks(pipeline, guided):
 def test_the_guide_is_read_once(checkpoint, guided, monkeypatch):
     pipeline, read = SDMPipeline.from_checkpoint(checkpoint), []
     original = store.load_weights
-    monkeypatch.setattr(store, "load_weights", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(store, "load_weights", lambda path, *more: read.append(path) or original(path, *more))
     for _ in range(2):
         pipeline(LABEL, **guided)
     assert read == [guided["guide_path"]]

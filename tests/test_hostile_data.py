@@ -14,6 +14,7 @@ from data_helpers import load_script, run_script, save, write_custom
 from evaluation_helpers import load_script as load_evaluation
 from PIL import Image, features
 
+from guided_diffusion.data.masks import read_ids
 from guided_diffusion.data.pictures import bar_chart, contact_sheet
 from guided_diffusion.data.specs import DataError, get_spec
 from guided_diffusion.data.transforms import open_map, read_label
@@ -219,15 +220,13 @@ def test_verify_data_and_the_pipeline_refuse_a_lossy_map(tmp_path):
         "--report_dir", tmp_path / "report",
     )  # fmt: skip
     assert done.returncode == 1 and "scene0.png is stored as JPEG" in done.stderr
-    from guided_diffusion.pipeline import SDMPipeline
 
-    read = SDMPipeline._read_map
     with pytest.raises(DataError, match="is stored as JPEG"):
-        read(None, root / "val/labels/scene0.png", "label map")
+        read_ids(root / "val/labels/scene0.png", "label map")
     with Image.open(root / "val/labels/scene0.png") as picture, pytest.raises(ValueError, match="stored as JPEG"):
-        read(None, picture, "label map")
+        read_ids(picture, "label map")
     with Image.open(root / "train/labels/scene0.png") as picture:
-        assert read(None, picture, "label map").shape == (1, 1, 30, 40)
+        assert read_ids(picture, "label map").shape == (30, 40)
 
 
 # -- addresses, reports, notes ---------------------------------------------------------------------------------------

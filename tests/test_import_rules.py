@@ -21,7 +21,8 @@ ALLOWED = {
     "image_datasets": {"data"},
     "layouts": {"nn"},
     "sampling": {"nn", "layouts"},
-    "settings": {"resample", "sampling"},
+    "setting_values": set(),
+    "settings": {"resample", "sampling", "setting_values"},
     "unet": {"nn", "layouts"},
     "gaussian_diffusion": {"nn", "losses", "sampling"},
     "respace": {"gaussian_diffusion"},
@@ -44,11 +45,11 @@ ALLOWED = {
 }  # fmt: skip
 DOOR = {
     "unet", "nn", "gaussian_diffusion", "respace", "resample", "losses", "fp16_util", "image_datasets", "dist_util",
-    "logger", "train_util", "script_util", "settings", "pipeline", "seeding",
+    "logger", "train_util", "script_util", "setting_values", "settings", "pipeline", "seeding",
 }  # fmt: skip
 PURE = {
-    "nn", "losses", "layouts", "sampling", "unet", "gaussian_diffusion", "respace", "resample", "settings",
-    "objectives",
+    "nn", "losses", "layouts", "sampling", "unet", "gaussian_diffusion", "respace", "resample", "setting_values",
+    "settings", "objectives",
 }  # fmt: skip
 IMPURE = {"mpi4py", "PIL", "blobfile", "logging", "torch.distributed", "guided_diffusion.logger"}
 

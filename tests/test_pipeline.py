@@ -323,7 +323,7 @@ def test_no_map_is_held_while_images_form(checkpoint, monkeypatch, reuses):
 
     monkeypatch.setattr(module, "encode_label_map", encode)
     made = SDMPipeline.from_checkpoint(checkpoint, keep_modulations="true")
-    made.reuses_buffers = reuses
+    made.layouts.reuse = reuses
     label = torch.from_numpy(LABEL)[None, None]
     look = lambda _: alive.append(maps[0]() is not None)  # noqa: E731
     made.generate(label, None, seeds=[0], sampling=Sampling(**FAST), on_step=look)

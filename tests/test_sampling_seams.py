@@ -260,7 +260,7 @@ def test_a_hook_sees_every_move_and_may_put_pixels_back():
 def test_one_pipeline_from_several_threads(checkpoint):
     """Layouts of different sizes at once: each call has the null layout of its own size, and its own buffers."""
     pipeline = SDMPipeline.from_checkpoint(checkpoint, keep_modulations="true")
-    pipeline.reuses_buffers = True
+    pipeline.layouts.reuse = True
     maps = [np.tile(LABEL, (1, times)) for times in (1, 2, 3, 1)]
     alone = [np.asarray(pipeline(label, seed=i, **FAST)[0]) for i, label in enumerate(maps)]
     wrong = []
@@ -285,11 +285,11 @@ def test_kept_maps_stay_where_they_are(checkpoint):
     """As a graph's replay needs it; and nothing of the layout before is left in them."""
     pipeline = SDMPipeline.from_checkpoint(checkpoint, keep_modulations="true")
     expected = [pipeline(label, **FAST)[0] for label in (LABEL, LABEL.T)]
-    pipeline.reuses_buffers = True
+    pipeline.layouts.reuse = True
     places = []
     for label, image in zip((LABEL, LABEL.T), expected, strict=True):
         assert np.array_equal(pipeline(label, **FAST)[0], image)
-        kept = pipeline._buffers[1]._modulations
+        kept = pipeline.layouts.buffers[1]._modulations
         places.append([part.data_ptr() for modulation in kept.values() for part in modulation])
         for part in (part for modulation in kept.values() for part in modulation):
             assert part.is_contiguous(memory_format=torch.channels_last)

@@ -1,11 +1,13 @@
 """Where a stored label or instance map becomes ids, whatever mode its file has, or is refused with the remedy."""
 
+import os
+
 import numpy as np
 from PIL import Image
 
 from .label_colors import ids_from_colors
 from .notes import Notes
-from .picture_files import COLORS, SCALED, TURNS, Header, lossy_format, open_picture
+from .picture_files import COLORS, SCALED, TURNS, Header, lossy_format, open_picture, read_header
 from .proposals import remedy_for_ids
 from .segments import ids_of_segments, packed_ids
 from .specs import DataError, DatasetSpec
@@ -20,6 +22,24 @@ class UnknownIds(DataError):
     def __init__(self, message: str, counts: dict[int, int] | None = None):
         super().__init__(message)
         self.counts = counts or {}
+
+
+def read_ids(source: str | os.PathLike | Image.Image | np.ndarray, kind: str) -> np.ndarray:
+    """Ids int64 [H, W] of a file, picture or array; `kind` is what a message calls it.
+
+    Raises DataError for a file whose ids are not to be trusted (see `open_map`), ValueError for anything else that is
+    no map of whole ids.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = open_map(os.fspath(source), kind)
+    elif isinstance(source, Image.Image) and source.format and (lossy := lossy_format(read_header(source))):
+        raise ValueError(f"the {kind} was opened from a file stored as {lossy}, which may change ids; use a PNG")
+    ids = np.asarray(source)
+    if ids.ndim != 2 or not ids.size or ids.dtype.kind not in "iub":
+        raise ValueError(
+            f"the {kind} must be whole ids [H, W], one per pixel; got {ids.dtype} of shape {list(ids.shape)}"
+        )
+    return ids.astype(np.int64)
 
 
 def open_map(

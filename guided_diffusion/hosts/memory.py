@@ -8,6 +8,8 @@ import math
 import sys
 from pathlib import Path, PurePosixPath
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LARGEST_ON_HEAP = 32 << 20  # glibc takes no more
 
@@ -62,3 +64,11 @@ def _left(folder: str, limit: str, usage: str) -> float:
         return most - used + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
     except (OSError, ValueError):  # no such group, or the limit is "max"
         return math.inf
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device (what PyTorch holds unused counts as free)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return available_memory()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..dist_util import World
-from ..pipeline import free_memory
+from ..hosts.memory import free_memory
 from ..script_util import create_model
 from ..settings import DataConfig, DiffusionConfig, ModelConfig, PlanConfig
 from ..weights import store
