@@ -76,6 +76,7 @@ WRAPPED = {
         for key in ("model", "state_dict", "model_state_dict", "ema", "ema_state_dict", "ema_model", "params_ema")
     },
     "deep": ({"state": {"ema": {"model": STATE, "decay": 0.9}}}, "weights under state.ema.model"),
+    "beside another network": ({"net": STATE, "critic": {"0.weight": torch.ones(1)}}, "left out critic"),
     "a list": ({"models": [STATE]}, "weights under models.0"),
 }
 
@@ -129,6 +130,12 @@ def test_what_is_no_number_is_refused_by_name(tmp_path):
     assert "input_blocks.0.0.bias has int8 values" in refusal(saved(tmp_path / "a.pt", whole))
     empty = {**STATE, "input_blocks.0.0.bias": torch.ones(2, device="meta")}
     assert "input_blocks.0.0.bias has no values" in refusal(saved(tmp_path / "b.pt", empty))
+
+
+def test_an_optimizer_s_averages_are_no_weights(tmp_path):
+    by_name = {"state": {"out.weight": {"exp_avg": torch.ones(2)}}, "param_groups": []}
+    for content in (by_name, {"optimizer": by_name, "step": 3}, OPTIMIZER, [1, 2], 3.0):
+        assert "does not hold a network's state dict" in refusal(saved(tmp_path / "opt.pt", content))
 
 
 # -- files that are no checkpoints ------------------------------------------------------------------------------------

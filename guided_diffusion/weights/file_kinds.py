@@ -175,6 +175,8 @@ def _why_unreadable(file: IO[bytes], path: str, kind: str, error: Exception) -> 
         return PickledObjectsError(path, objects)
     if "unexpected EOF" in str(error):
         return CheckpointError(f"{path} {TRUNCATED.format('the last of its tensors are not whole')}")
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return CheckpointError(f"{path} asks for more memory than is free ({reason}): free some; or it is damaged")
     if "weights_only" in str(error) or "WeightsUnpickler" in str(error):  # torch's advice is to switch that off
         reason = "its pickle holds what no state dict does"
     return CheckpointError(f"{path} is damaged, or no file of torch.save ({reason}); fetch it again")

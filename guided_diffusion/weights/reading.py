@@ -51,9 +51,9 @@ def _load_plain(file: IO[bytes]) -> Any:
 def _attempt(read: Callable[[IO[bytes]], Any], file: IO[bytes]) -> tuple[Any, Exception | None]:
     try:
         return read(file), None
-    except (MemoryError, CheckpointError):
+    except CheckpointError:
         raise
-    except Exception as error:  # a file can be broken in any way
+    except Exception as error:  # a file can be broken in any way; a length that it gives can exceed all memory
         return None, error
 
 
