@@ -44,6 +44,7 @@ UNLABELLED = len(MERGED)
 DUSK = "0001TP"
 TRAINED, HELD_OUT = slice(0, 24), slice(-32, None)  # of the dusk sequence's 62 training photographs, in their order
 STEPS, EVERY, LOOKED_AT = 600, 50, (50, 100, 300, 600)
+BEGUN, OFTEN = 100, 5  # the first steps from the right class map are measured this often
 SEEDS = (0, 1)
 NETWORK = (
     "--num_channels 32 --channel_mult 1,2,3,4 --num_res_blocks 1 --attention_resolutions 12,6 --num_head_channels 32"
@@ -58,13 +59,14 @@ class Start:
     name: str
     weights: bool = True
     class_map: str = ""
+    steps: int = STEPS
 
 
 STARTS = [
     Start("new weights", weights=False),
     Start("right class map", class_map="right.json"),
-    Start("no class map"),
-    Start("shuffled class map", class_map="shuffled.json"),
+    Start("no class map", steps=STEPS // 2),
+    Start("shuffled class map", class_map="shuffled.json", steps=STEPS // 2),
 ]
 
 
@@ -138,8 +140,23 @@ def adapt(args: argparse.Namespace, data: str, start: Start, seed: int) -> Path:
     logdir = args.out / "adapted" / f"{data}_{start.name.replace(' ', '_')}_seed{seed}"
     flags = ["--transfer_from", pretrained(args)] if start.weights else []
     flags += ["--class_map", args.out / start.class_map] if start.class_map else []
-    train(args, data, logdir, STEPS, "--seed", seed, "--ema_rate", EMA, *flags, batch=args.batch_size, every=EVERY)
+    flags = ["--seed", seed, "--ema_rate", EMA, *flags]
+    train(args, data, logdir, start.steps, *flags, batch=args.batch_size, every=EVERY)
+    if start.class_map == "right.json":  # the same steps again: how many are needed shows in between
+        begun = args.out / "begun" / logdir.name
+        train(args, data, begun, BEGUN, *flags, batch=args.batch_size, every=OFTEN)
+        clear(begun)
+    clear(logdir, LOOKED_AT)
     return logdir
+
+
+def clear(logdir: Path, looked_at: tuple[int, ...] = ()) -> None:
+    """Removes the weights of a run but for its last set, with which it is finished, and the averages of some steps."""
+    last = f"{max(losses(logdir)):06d}"
+    averages = {f"ema_{EMA}_{step:06d}.pt" for step in looked_at}
+    for file in logdir.glob("*[0-9][0-9][0-9][0-9][0-9][0-9].pt"):
+        if not file.stem.endswith(last) and file.name not in averages:
+            file.unlink()
 
 
 def losses(logdir: Path) -> dict[int, float]:
@@ -172,11 +189,9 @@ def scores(args: argparse.Namespace, data: str, logdir: Path, step: int) -> dict
 def record(args: argparse.Namespace, data: str, start: Start, seed: int) -> dict:
     """What one adaptation gave. Checkpoints that nothing needs any more are removed."""
     logdir = adapt(args, data, start, seed)
-    by_step = losses(logdir)
-    found = {step: scores(args, data, logdir, step) for step in LOOKED_AT}
-    for file in logdir.glob("opt*.pt"):
-        if f"{STEPS:06d}" not in file.name:
-            file.unlink()
+    begun = losses(args.out / "begun" / logdir.name)
+    by_step = dict(sorted((begun | losses(logdir)).items()))
+    found = {step: scores(args, data, logdir, step) for step in LOOKED_AT if step <= start.steps}
     row = {"data": data, "start": start.name, "seed": seed, "loss": by_step, "scores": found}
     print(json.dumps(row), flush=True)
     return row
@@ -199,11 +214,12 @@ def table(rows: list[dict], photographs: dict[str, dict]) -> str:
     for row in rows:
         cells = []
         for step in LOOKED_AT:
-            score = row["scores"][step]
-            cells.append(f"{row['loss'][step]:.4f}, {score['miou']:.1f}, {score['feature_distance']:.2f}")
+            score = row["scores"].get(step)
+            cell = score and f"{row['loss'][step]:.4f}, {score['miou']:.1f}, {score['feature_distance']:.2f}"
+            cells.append(cell or "")
         new = of(rows, row["data"], STARTS[0].name, row["seed"])
         reached = steps_to(row, new["loss"][STEPS]) if new else None
-        shown = "not reached" if reached is None else f"{'at most ' * (reached == EVERY)}{reached}"
+        shown = "not reached" if reached is None else f"{'at most ' * (reached == min(row['loss']))}{reached}"
         lines.append(f"| {row['data']} | {row['start']} | {row['seed']} | {' | '.join(cells)} | {shown} |")
     lines += ["", "Cells: validation loss, mIoU (%), feature distance."]
     for data, score in photographs.items():
@@ -263,6 +279,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="of the training on daylight")
     parser.add_argument("--batch_size", type=int, default=4, help="of the adaptations; that on daylight has 8")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, choices=SEEDS, help="those to train now")
     parser.add_argument("--only_pretrain", action="store_true", help="end after the training on daylight")
     args = parser.parse_args()
     args.camvid, args.out = args.camvid.resolve(), args.out.resolve()
@@ -271,7 +288,9 @@ def main() -> None:
     if args.only_pretrain:
         return
     order = [("colour", STARTS[:2]), ("colour", STARTS[2:]), ("grey", STARTS[:2])]
-    rows = [record(args, data, start, seed) for data, starts in order for seed in SEEDS for start in starts]
+    rows = [record(args, data, start, seed) for data, starts in order for seed in args.seeds for start in starts]
+    if set(args.seeds) != set(SEEDS):
+        return
     rows.sort(key=lambda row: (row["data"], [start.name for start in STARTS].index(row["start"]), row["seed"]))
     photographs = {}
     for data in ("colour", "grey"):
