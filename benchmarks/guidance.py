@@ -87,7 +87,11 @@ def scores(results: Path, args: argparse.Namespace) -> dict[str, float]:
     if report.is_file() and (known := json.loads(report.read_text()))["of"] == key:
         return known["scores"]
     samples, photographs = colours(results / "samples"), colours(results / "images")
-    found = {**segmentation_score(results, "samples", args), **feature_score(results, args), **samples}
+    found = {
+        **segmentation_score(results, "samples", args.segmenter),
+        **feature_score(results, args.segmenter),
+        **samples,
+    }
     found |= {f"{name}_of_photographs": value for name, value in photographs.items()}
     found |= {f"{name}_ratio": samples[name] / max(value, 1e-9) for name, value in photographs.items()}
     report.write_text(json.dumps({"of": key, "scores": found}, indent=1) + "\n")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -177,17 +177,20 @@ class World:
             self._monitor.release()
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, sentence: Callable[[BaseException], str] | None = None) -> Iterator[None]:
         """While it is open, no rank outlives another for long: a failure is told to all, a death is noticed.
 
         On leaving in order, the process group is closed.
+
+        :param sentence: what one of several ranks shall print of its failure, which it does before the others may end:
+            mpiexec kills all once one has.
         """
         try:
             yield
             self.barrier()  # a rank that has finished must not look like one that died
         except BaseException as error:
             if self._monitor is not None:
-                self._monitor.report(error, self.all_heard(error))
+                self._monitor.report(error, self.all_heard(error), sentence(error) if sentence else "")
             raise
         if self._monitor is not None:
             self._monitor.stop()
@@ -198,28 +201,26 @@ class World:
 @contextlib.contextmanager
 def report_errors(world: World, expected: tuple[type[Exception], ...]) -> Iterator[None]:
     """`world.guard()`; for the errors a user can mend, their message alone and exit status 1 in place of a trace."""
+
+    def sentence(error: BaseException) -> str:
+        if isinstance(error, RemoteError):
+            return f"rank {world.rank}: ending, because {error}"
+        if isinstance(error, expected):
+            return "error: " + " ".join(str(error).splitlines())  # one line, whatever names and values it quotes
+        return "".join(traceback.format_exception(error)) if isinstance(error, Exception) else ""
+
     try:
-        with world.guard():
+        with world.guard(sentence):
             yield
-    except RemoteError as error:
-        _fail(world, f"rank {world.rank}: ending, because {error}")
-    except expected as error:
-        _fail(world, "error: " + " ".join(str(error).splitlines()))  # one line, whatever names and values it quotes
     except Exception as error:
-        _fail(world, "".join(traceback.format_exception(error)))
+        if world.size == 1:
+            sys.exit(sentence(error))
+        sys.stdout.flush()
+        os._exit(1)  # at once, since an orderly end would wait for the others
 
 
 def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _fail(world: World, message: str) -> NoReturn:
-    """Ends with exit status 1; one of several ranks at once, since an orderly end would wait for the others."""
-    if world.size == 1:
-        sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)
 
 
 def setup() -> World:

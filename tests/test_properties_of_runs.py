@@ -131,7 +131,7 @@ def as_the_programs_read_it(run: Path) -> None:
     parts = {"data": data, "training": training, "model": model, "diffusion": diffusion}
     record = {name: dataclasses.asdict(part) for name, part in parts.items()}
     "".join(changed_settings(recorded or {}, record))
-    check_base((recorded or {}).get("start", {}), "x/model.pt")
+    check_base((recorded or {}).get("start", {}), dataclasses.replace(training, resume_checkpoint="x/model.pt"))
     for action in (
         lambda: open_layouts(config, data, model, recorded or {}, alone=False, log=lambda _: None),
         lambda: open_splits(data, training, model, recorded),
@@ -158,9 +158,11 @@ def test_config_json(root):
         ends_in_one_sentence(sample(run, root / "new"))
         assert (all_bytes(root / "data"), all_bytes(run)) == before  # the checkpoint, too
 
-    read()
-    run_program()
-    (run / "config.json").write_bytes(whole)
+    try:
+        read()
+        run_program()
+    finally:
+        (run / "config.json").write_bytes(whole)
 
 
 # -- sampling.json ---------------------------------------------------------------------------------------------------

@@ -131,8 +131,8 @@ class RankMonitor:
             with contextlib.suppress(RuntimeError, dist.DistError):
                 self.store.set("alone is done", "")
 
-    def report(self, error: BaseException, all_heard: bool = False) -> None:
-        """Tells the other ranks that this one fails, and stays until they have heard of it.
+    def report(self, error: BaseException, all_heard: bool = False, sentence: str = "") -> None:
+        """Prints `sentence`, tells the other ranks that this one fails, and stays until they have heard of it.
 
         Not where they do not know yet (`all_heard`) and none has acted alone: that this one is gone will then wake
         those that wait for it in a collective, and one of them may act.
@@ -150,6 +150,8 @@ class RankMonitor:
             if not isinstance(error, RemoteError) and not self.store.check(["failure"]):
                 self.store.set("failure", text)
             at_once = at_once and not self.store.check(["alone"])
+        if sentence:
+            print(sentence, file=sys.stderr, flush=True)
         self._leave(at_once)
 
     def _end_with_the_failure_of_another(self) -> None:
