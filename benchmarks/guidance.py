@@ -87,11 +87,8 @@ def scores(results: Path, args: argparse.Namespace) -> dict[str, float]:
     if report.is_file() and (known := json.loads(report.read_text()))["of"] == key:
         return known["scores"]
     samples, photographs = colours(results / "samples"), colours(results / "images")
-    found = {
-        **segmentation_score(results, "samples", args.segmenter),
-        **feature_score(results, args.segmenter),
-        **samples,
-    }
+    segmenter = args.out / "segmenter.pt"
+    found = {**segmentation_score(results, "samples", segmenter), **feature_score(results, segmenter), **samples}
     found |= {f"{name}_of_photographs": value for name, value in photographs.items()}
     found |= {f"{name}_ratio": samples[name] / max(value, 1e-9) for name, value in photographs.items()}
     report.write_text(json.dumps({"of": key, "scores": found}, indent=1) + "\n")
