@@ -177,8 +177,12 @@ def test_pictures_of_a_diverged_network_are_not_saved(root, tmp_path):
     shutil.copytree(root / "run", tmp_path / "run")
     path = tmp_path / "run" / "ema_0.9_best.pt"
     weights = torch.load(path, weights_only=True)
-    torch.save(weights | {"out.2.weight": torch.full_like(weights["out.2.weight"], 3e38)}, path)
     flags = ("--model_path", str(path), "--results_path", str(tmp_path / "results"), *FAST)
+    torch.save({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, path)
+    result = run_here("image_sample.py", *flags)
+    assert result.returncode == 1 and "of the 4096 values of time_embed.0.weight are not finite" in result.stdout
+    assert not (tmp_path / "results").exists()
+    torch.save({name: torch.full_like(value, 1e30) for name, value in weights.items()}, path)  # finite, as yet
     result = run("image_sample.py", *flags)
     assert result.returncode == 1 and "layouts scene0, scene1" in result.stdout and "not finite" in result.stdout
     assert not list((tmp_path / "results" / "samples").iterdir())
