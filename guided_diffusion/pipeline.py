@@ -50,6 +50,7 @@ from .unet import UNetModel
 from .weights import hub, store
 from .weights.from_shapes import UNSEEN, describe
 from .weights.model_card import About, Example, card_files, read_figures
+from .weights.unwrapping import SeveralWeightsError
 
 _LOG = logging.getLogger(__name__)
 MEMORY_SHARE = 0.5  # of the free memory, for what is kept: the passes themselves need nearly as much
@@ -422,14 +423,20 @@ class SDMPipeline:
         if store.read_config(path) is None:  # what its weights do not show is as in this network
             own = {**dataclasses.asdict(self.model_config), **dataclasses.asdict(self.diffusion_config)}
             settings = {name: own[name] for name in (*UNSEEN, "num_classes", "no_instance")}
-        guide = SDMPipeline.from_checkpoint(
-            path,
-            precision=self.precision,
-            device=self.device,
-            keep_modulations=self.keep_modulations,
-            compile=self.compiled,
-            **settings,
-        )
+        try:
+            guide = SDMPipeline.from_checkpoint(
+                path,
+                precision=self.precision,
+                device=self.device,
+                keep_modulations=self.keep_modulations,
+                compile=self.compiled,
+                **settings,
+            )
+        except SeveralWeightsError as error:  # weights_key chooses in the file of this network
+            raise store.CheckpointError(
+                f"guide_path {path} holds several sets of weights ({', '.join(error.names)}): make a file of one of "
+                f"them: python scripts/convert_checkpoint.py {path} OUT.safetensors --weights_key NAME"
+            ) from None
         if differences := guide_differences(self, guide):
             raise ConfigError(
                 f"guide_path {path} cannot guide this network ({'; '.join(differences)}): give an earlier checkpoint "

@@ -28,6 +28,7 @@ from guided_diffusion.weights.fitting import load_state_into
 from guided_diffusion.weights.from_shapes import describe
 from guided_diffusion.weights.pickled_objects import PickledObjectsError, load_inert
 from guided_diffusion.weights.reading import load, plain_weights
+from guided_diffusion.weights.unwrapping import SeveralWeightsError
 from guided_diffusion.weights.writing import read_metadata, write_safetensors
 
 WRITER = "scripts/convert_checkpoint.py"
@@ -78,8 +79,10 @@ def read_weights(path: str, config: Conversion) -> dict[str, torch.Tensor]:
     content = read_content(path, config.trust)
     try:
         return plain_weights(content, path, config.weights_key, print)
+    except SeveralWeightsError:
+        raise
     except CheckpointError as error:
-        if config.trust or not _has_objects(path) or "several" in str(error) or "not finite" in str(error):
+        if config.trust or not _has_objects(path) or "not finite" in str(error):
             raise
         raise CheckpointError(
             f"{error}. They may be inside objects that only their own code opens: --trust True runs that code, which "

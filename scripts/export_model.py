@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     defaults = Sampling()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_path", required=True, help="the checkpoint, with its config.json beside it")
+    parser.add_argument("--weights_key", default="", help="which weights, where that file holds several, as ema")
     parser.add_argument("--out", required=True, help="the folder to make: new, or empty")
     parser.add_argument("--name", default="", help="in the model card: OWNER/NAME on a hub (default: the folder's)")
     parser.add_argument("--license", default="", help="as hubs call it, such as mit or cc-by-4.0")
@@ -50,10 +51,11 @@ def export(options: argparse.Namespace) -> str:
         raise store.CheckpointError(f"there is no checkpoint {options.model_path} (--model_path)")
     if store.read_config(options.model_path) is None:
         raise store.CheckpointError(
-            f"{options.model_path} has no {store.CONFIG_NAME} beside it, so it is not known what network it is of: in "
-            "Python, SDMPipeline.from_checkpoint(..., SETTINGS).save_pretrained(FOLDER)"
+            f"{options.model_path} has no {store.CONFIG_NAME} beside it, so it is not known what network it is of: "
+            f"python scripts/convert_checkpoint.py {options.model_path} OUT.safetensors makes a file with one, of its "
+            "weights and of flags; give that"
         )
-    pipeline = SDMPipeline.from_checkpoint(options.model_path)
+    pipeline = SDMPipeline.from_checkpoint(options.model_path, weights_key=options.weights_key)
     card = {name: getattr(options, name) for name in ("name", "license", "datasets", "figures", "precision")}
     layouts, index = example_layout(options.example_label, pipeline)
     if layouts is None:

@@ -139,6 +139,14 @@ def test_a_guide_without_a_config_is_of_the_networks_own_kind(root, pipeline, gu
     assert np.array_equal(*images)
 
 
+def test_a_guide_among_several_is_made_a_file_of_its_own(checkpoint, pipeline, guided, tmp_path):
+    """`--weights_key` is about the network that is guided, so that the refusal must not send one there."""
+    weights = store.load_weights(checkpoint)
+    torch.save({"model": weights, "ema": weights}, tmp_path / "both.pt")
+    with pytest.raises(store.CheckpointError, match=r"weights \(model, ema\): .*convert_checkpoint.py .*both.pt"):
+        pipeline(LABEL, **guided | {"guide_path": str(tmp_path / "both.pt")})
+
+
 @pytest.mark.parametrize(
     "model,diffusion,recorded,message",
     [

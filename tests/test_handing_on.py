@@ -21,7 +21,7 @@ from sampling_helpers import DIFFUSION, MODEL, SETTINGS, run_here, save_checkpoi
 from guided_diffusion.data.specs import DATASET_MODES
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.settings import ConfigError
-from guided_diffusion.weights import hub, model_card
+from guided_diffusion.weights import hub, model_card, store
 from guided_diffusion.weights.store import CheckpointError
 
 LABEL = np.arange(256).reshape(16, 16) // 64
@@ -449,6 +449,18 @@ def test_a_run_is_exported(script, tmp_path):
     assert not (tmp_path / "without" / "example.png").exists()
 
 
+def test_one_of_several_networks_is_exported(script, tmp_path):
+    path = save_checkpoint(tmp_path / "run", tmp_path / "no data")
+    weights = store.load_weights(path)
+    averaged = {name: value + 1 for name, value in weights.items()}
+    torch.save({"model": weights, "ema": averaged}, path)
+    done = script("--model_path", path, "--out", tmp_path / "new")
+    assert done.returncode == 1 and "choose one of model, ema with --weights_key" in done.stdout
+    assert script("--model_path", path, "--out", tmp_path / "new", "--weights_key", "ema").returncode == 0
+    handed_on = store.load_weights(str(tmp_path / "new" / "model.safetensors"))
+    assert all(torch.equal(handed_on[name], value) for name, value in averaged.items())
+
+
 def test_exports_that_cannot_be(script, tmp_path):
     path = save_checkpoint(tmp_path / "run", tmp_path)
     for flags, message in (
@@ -461,4 +473,5 @@ def test_exports_that_cannot_be(script, tmp_path):
     (tmp_path / "run" / "config.json").unlink()
     done = script("--model_path", path, "--out", tmp_path / "new")
     assert done.returncode == 1 and "has no config.json beside it" in done.stdout
+    assert "scripts/convert_checkpoint.py" in done.stdout
     assert not (tmp_path / "new").exists()

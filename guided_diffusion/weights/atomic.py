@@ -27,7 +27,7 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
+        sync(os.path.dirname(path) or ".")
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -39,8 +39,9 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
         raise
 
 
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str) -> None:
+    """Waits until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -66,7 +67,7 @@ def publish(source: str, target: str) -> None:
             os.remove(temporary)
         else:
             os.replace(temporary, target)
-        _sync_folder(os.path.dirname(target) or ".")
+        sync(os.path.dirname(target) or ".")
     except OSError:
         with open(source, "rb") as original, atomic_write(target) as copy:
             shutil.copyfileobj(original, copy)

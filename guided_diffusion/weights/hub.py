@@ -28,6 +28,7 @@ from ..data.json_text import parse_json
 from ..data.own_files import temporary_path
 from ..settings import DiffusionConfig, ModelConfig
 from . import store
+from .atomic import sync
 from .config import other_library
 from .store import CheckpointError
 
@@ -111,7 +112,7 @@ def write_folder(
             with open(os.path.join(temporary, name), "xb") as file:
                 write(file)
         for name in (*os.listdir(temporary), os.curdir, os.pardir):
-            _sync(os.path.join(temporary, name))
+            sync(os.path.join(temporary, name))
         os.rename(temporary, path)  # onto an empty folder at most
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -121,14 +122,6 @@ def write_folder(
                 f"cannot write {path}: {error} (is the disk full or the folder read-only?); nothing was left there"
             ) from error
         raise
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

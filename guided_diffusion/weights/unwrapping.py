@@ -19,6 +19,14 @@ _DEEPEST = 4  # levels of wrappers
 _SHOWN = 6
 
 
+class SeveralWeightsError(CheckpointError):
+    """A file holds several networks' weights, and none of them was chosen. `names`: what they are called."""
+
+    def __init__(self, message: str, names: tuple[str, ...]):
+        super().__init__(message)
+        self.names = names
+
+
 @dataclass(frozen=True)
 class Found:
     """One network's weights in a file: where, under which prefix, and whether the names are those of our family."""
@@ -35,7 +43,8 @@ def unwrap(content: Any, path: str, key: str = "") -> tuple[dict[str, torch.Tens
     """The weights in `content`, the content of the file `path`, and in words what was unwrapped (empty: nothing).
 
     :param key: the name of one of several, as the error lists them.
-    :raises CheckpointError: there is none, or there are several and `key` names none of them.
+    :raises CheckpointError: there is none. :raises SeveralWeightsError: there are several, and `key` names none of
+        them.
     """
     found = list(_walk(content))
     found = [one for one in found if one.family] or found
@@ -49,10 +58,11 @@ def unwrap(content: Any, path: str, key: str = "") -> tuple[dict[str, torch.Tens
     if len(found) != 1:
         if names == ["."]:
             raise CheckpointError(f"{path} holds one network's weights and no {key!r}: leave weights_key out")
-        raise CheckpointError(
+        raise SeveralWeightsError(
             f"{path} holds {'no ' + repr(key) if key else 'several sets of weights'}: choose one of "
             f"{', '.join(names)} with --weights_key NAME (weights_key= in Python); the averaged ones make the better "
-            "pictures"
+            "pictures",
+            tuple(names),
         )
     (one,) = found
     beside = [*one.beside, *(str(name) for name in content if str(name) != one.place[0])] if one.place else one.beside
