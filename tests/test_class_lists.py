@@ -10,7 +10,13 @@ from sampling_helpers import MODEL, SETTINGS, save_checkpoint
 from training_helpers import flags
 
 import image_train
-from guided_diffusion.data.class_lists import changed_meaning, check_same_meaning, class_record, recorded_classes
+from guided_diffusion.data.class_lists import (
+    changed_meaning,
+    check_same_meaning,
+    class_record,
+    moved_classes,
+    recorded_classes,
+)
 from guided_diffusion.data.specs import DataError, get_spec, read_classes
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.runs.splits import open_splits
@@ -148,3 +154,11 @@ def test_going_on_with_ids_of_another_meaning_is_refused(tmp_path):
     message = r"dataset\.json contradicts the training .*the stored id 0 meant class 1, now 0"
     with pytest.raises(DataError, match=message):
         open_splits(data, *settings, {"dataset_json": moved})
+
+
+def test_a_name_that_has_moved_is_known_in_another_spelling():
+    assert moved_classes(["sky", "traffic light", "car"], ["Street", "CAR", "Traffic-Light"]) == [
+        "classes: 'Traffic-Light' was class 1, now 2", "classes: 'CAR' was class 2, now 1",
+    ]  # fmt: skip
+    twice = ["screen", "sky", "screen"]  # ADE20K has such a pair: which one is meant is not known
+    assert moved_classes(twice, twice) == moved_classes(twice, ["sky", "a", "screen"])[1:] == []

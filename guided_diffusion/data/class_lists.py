@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,8 +91,16 @@ def changed_meaning(before: DatasetSpec, now: DatasetSpec) -> list[str]:
     return differences
 
 
+def plain_name(name: str) -> str:
+    """A name without case, spaces and punctuation; the name itself where nothing else is in it."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(character for character in folded if character.isalnum()) or name
+
+
 def moved_classes(before: Sequence[str], now: Sequence[str]) -> list[str]:
-    """A phrase for each class name (up to a few) that both lists have and that stands for another id in the second."""
-    places = {name: i for i, name in enumerate(now)}
-    moved = [(name, i, places[name]) for i, name in enumerate(before) if places.get(name, i) != i]
-    return [f"classes: {name!r} was class {old}, now {new}" for name, old, new in moved[:_SHOWN]]
+    """A phrase for each class name (up to a few) that both lists have once, case, spaces and punctuation aside, and
+    that stands for another id in the second."""
+    old, new = ([plain_name(name) for name in names] for names in (before, now))
+    shared = [name for name in old if old.count(name) == new.count(name) == 1]
+    moved = [(now[new.index(name)], old.index(name), new.index(name)) for name in shared]
+    return [f"classes: {name!r} was class {i}, now {j}" for name, i, j in moved if i != j][:_SHOWN]

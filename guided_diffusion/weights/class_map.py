@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..data.class_lists import plain_name
 from ..data.json_text import parse_json
 from ..settings import ConfigError
 
@@ -113,12 +113,6 @@ def without_meaning(names: Sequence[str]) -> bool:
 def _is_generic(index: int, name: str) -> bool:
     """Whether it is the name that classes get which have none."""
     return name == f"class {index}"
-
-
-def plain_name(name: str) -> str:
-    """A name without case, spaces and punctuation; the name itself where nothing else is in it."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(character for character in folded if character.isalnum()) or name
 
 
 class _Names:
