@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ pytest.importorskip("hypothesis", reason="property tests need hypothesis")
 
 import torch
 from data_helpers import write_custom
-from fuzzing import all_bytes, broken, cases, in_one_sentence
+from fuzzing import all_bytes, broken, cases
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling_helpers import DIFFUSION, MODEL, save_checkpoint
@@ -33,7 +33,7 @@ from training_helpers import make_loop
 import image_sample
 from guided_diffusion.data.class_lists import recorded_classes
 from guided_diffusion.data.specs import DataError
-from guided_diffusion.dist_util import World
+from guided_diffusion.dist_util import World, report_errors
 from guided_diffusion.image_datasets import open_dataset
 from guided_diffusion.pipeline import SDMPipeline
 from guided_diffusion.runs.log_directory import LogDirectory
@@ -89,6 +89,15 @@ def ends_in_one_sentence(code: int | str) -> None:
     assert code == 0 or (isinstance(code, str) and code.startswith("error: ") and "\n" not in code), code
 
 
+def as_a_program(call: Callable[[], Any]) -> None:
+    """Calls it as the programs do, which end with a sentence where the user is at fault."""
+    try:
+        with report_errors(World(), ERRORS):
+            call()
+    except SystemExit as end:
+        ends_in_one_sentence(end.code)
+
+
 def fuzzed(count: int, *examples: dict[str, Any], words: tuple[str, ...] = ()) -> Any:
     """Decorates a property of the bytes of a file, which are like one of the examples."""
 
@@ -136,18 +145,17 @@ def as_the_programs_read_it(run: Path) -> None:
         lambda: open_layouts(config, data, model, recorded or {}, alone=False, log=lambda _: None),
         lambda: open_splits(data, training, model, recorded),
     ):
-        in_one_sentence(action, ERRORS)
+        as_a_program(action)
 
 
 def test_config_json(root):
     run, words = root / "run", ("custom", "ade20k", "cityscapes", "linear", "cosine", "min_snr", "fp16", "bf16", "1,2")
-    whole = (run / "config.json").read_bytes()
 
     @fuzzed(300, *config_examples(root), words=words)
     def read(content: bytes) -> None:
         (run / "config.json").write_bytes(content)
         before = all_bytes(root / "data")
-        in_one_sentence(lambda: as_the_programs_read_it(run), ERRORS)
+        as_a_program(lambda: as_the_programs_read_it(run))
         assert all_bytes(root / "data") == before and sorted(os.listdir(run)) == ["config.json", "ema_0.9_best.pt"]
 
     @fuzzed(20, *config_examples(root), words=words)
@@ -158,6 +166,7 @@ def test_config_json(root):
         ends_in_one_sentence(sample(run, root / "new"))
         assert (all_bytes(root / "data"), all_bytes(run)) == before  # the checkpoint, too
 
+    whole = (run / "config.json").read_bytes()
     try:
         read()
         run_program()
@@ -214,9 +223,9 @@ def test_sampling_json(root):
             log=told.append,
         )  # fmt: skip
         told.clear()
-        in_one_sentence(run.missing, ERRORS)
+        as_a_program(run.missing)
         assert files() == before
-        in_one_sentence(run._prepare, ERRORS)
+        as_a_program(run._prepare)
         assert not any("\n" in line for line in told)
         "".join(told).encode()
         after = files()
@@ -285,10 +294,10 @@ def find_and_go_on(run: Path, log: Any) -> None:
     """What a start does, and the next save, but for the network."""
     ranks = dict(world_size=1, global_batch=4, log=log)
     other = LogDirectory(str(run.parent / "fine-tuning"))
-    in_one_sentence(lambda: find_start(other, str(run / store.model_name(4)), RATES, **ranks), ERRORS)
+    as_a_program(lambda: find_start(other, str(run / store.model_name(4)), RATES, **ranks))
     assert not list(run.parent.glob("fine-tuning/*[!k]"))  # but a lock
     directory = LogDirectory(str(run), keep=1)
-    in_one_sentence(lambda: find_start(LogDirectory(str(run), reads_only=True), "", RATES, **ranks), ERRORS)
+    as_a_program(lambda: find_start(LogDirectory(str(run), reads_only=True), "", RATES, **ranks))
     start = find_start(directory, "", RATES, **ranks)
     directory.open()
     if start.continues:
@@ -321,7 +330,7 @@ def test_what_a_training_leaves(tmp_path, name):
             (run / "checkpoint000004.json").unlink()
         before, best = all_bytes(tmp_path), (run / "ema_0.9_best.pt").read_bytes()
         told.clear()
-        in_one_sentence(lambda: find_and_go_on(run, told.append), ERRORS)
+        as_a_program(lambda: find_and_go_on(run, told.append))
         assert not any("\n" in line for line in told), told
         after = all_bytes(tmp_path)
         theirs = [path for path in before if not path.startswith("run/") or "mine" in path or path.endswith(".copy")]
@@ -363,7 +372,7 @@ def test_a_training_goes_on_or_says_why_not(root, tmp_path):
             loop.run()
             loop.logger.close()
 
-        in_one_sentence(train, ERRORS)
+        as_a_program(train)
         assert all_bytes(root / "data") == before
 
     go_on()
