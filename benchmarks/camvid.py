@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,21 +174,34 @@ def between_scenes(args: argparse.Namespace) -> float:
     return feature_score(folder, args.segmenter)["feature_diversity"]
 
 
-def compare(args: argparse.Namespace) -> list[dict]:
+def row_scores(results: Path, args: argparse.Namespace) -> dict[str, float]:
+    """The figures of a row's samples."""
+    return {**segmentation_score(results, "samples", args.segmenter), **feature_score(results, args.segmenter)}
+
+
+def row_settings(row: Row) -> dict:
+    """What the record of a row says of it."""
+    return {"group": row.group, "name": row.name, "s": row.s, "sampler": row.sampler, "steps": row.steps}
+
+
+def compare(
+    rows: list[Row],
+    args: argparse.Namespace,
+    score: Callable[[Path, argparse.Namespace], dict] = row_scores,
+    settings: Callable[[Row], dict] = row_settings,
+) -> list[dict]:
     """A record per row: its settings, scores and seconds per image."""
     records, known = [], {}
-    for row in compared(args.ema, args.steps):
+    for row in rows:
         if row.folder not in known:
             results = sample(row, args)
             made = json.loads((results / "sampling.json").read_text())["run"]["made"]
             known[row.folder] = {
-                **segmentation_score(results, "samples", args.segmenter),
-                **feature_score(results, args.segmenter),
+                **score(results, args),
                 "seconds_per_image": made["seconds"] / made["images"],
                 "layouts": len(list((results / "samples").glob("*.png"))),
             }
-        record = {"group": row.group, "name": row.name, "s": row.s, "sampler": row.sampler, "steps": row.steps}
-        records.append({**record, **known[row.folder]})
+        records.append({**settings(row), **known[row.folder]})
         print(json.dumps(records[-1]), flush=True)
     return records
 
@@ -286,7 +300,7 @@ def main() -> None:
         "steps": args.steps,
         "seed": config["training"]["seed"],
         "scores": main_scores(args),
-        "rows": compare(args),
+        "rows": compare(compared(args.ema, args.steps), args),
     }
     (args.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     (args.out / "figures.md").write_text(tables(figures))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from camvid import ROOT, Row, feature_score, sample, segmentation_score
+from camvid import ROOT, Row, compare, row_scores
 from PIL import Image
 
 SCALES = (1.5, 2.0, 3.0, 4.0)
@@ -80,37 +80,24 @@ def colours(folder: Path) -> dict[str, float]:
 def scores(results: Path, args: argparse.Namespace) -> dict[str, float]:
     """All figures of a results folder; read from it where it was scored before, with this network."""
     report = results / "guidance_scores.json"
-    digest = hashlib.sha256((args.out / "segmenter.pt").read_bytes())
+    digest = hashlib.sha256(args.segmenter.read_bytes())
     for path in sorted((results / "samples").glob("*.png")):
         digest.update(path.name.encode() + path.read_bytes())
     key = digest.hexdigest()
     if report.is_file() and (known := json.loads(report.read_text()))["of"] == key:
         return known["scores"]
     samples, photographs = colours(results / "samples"), colours(results / "images")
-    segmenter = args.out / "segmenter.pt"
-    found = {**segmentation_score(results, "samples", segmenter), **feature_score(results, segmenter), **samples}
+    found = {**row_scores(results, args), **samples}
     found |= {f"{name}_of_photographs": value for name, value in photographs.items()}
     found |= {f"{name}_ratio": samples[name] / max(value, 1e-9) for name, value in photographs.items()}
     report.write_text(json.dumps({"of": key, "scores": found}, indent=1) + "\n")
     return found
 
 
-def compare(rows: list[Row], args: argparse.Namespace) -> list[dict]:
-    """A record per row: its settings, scores, and seconds per image."""
-    records, known = [], {}
-    for row in rows:
-        if row.folder not in known:
-            results = sample(row, args)
-            made = json.loads((results / "sampling.json").read_text())["run"]["made"]
-            known[row.folder] = {
-                **scores(results, args),
-                "seconds_per_image": made["seconds"] / made["images"],
-                "layouts": len(list((results / "samples").glob("*.png"))),
-            }
-        record = {"group": row.group, "name": row.name, "s": row.s, "checkpoint": row.checkpoint, "guide": row.guide}
-        records.append({**record, "options": dict(row.options), **known[row.folder]})
-        print(json.dumps(records[-1]), flush=True)
-    return records
+def settings(row: Row) -> dict:
+    """What the record of a row says of it."""
+    record = {"group": row.group, "name": row.name, "s": row.s, "checkpoint": row.checkpoint, "guide": row.guide}
+    return {**record, "options": dict(row.options)}
 
 
 def wanted(record: dict) -> bool:
@@ -193,12 +180,13 @@ def main() -> None:
     parser.add_argument("--row", action="append", default=[], help="a further row: METHOD s=S NAME=VALUE ...")
     args = parser.parse_args()
     args.out = args.out.resolve()
+    args.segmenter = args.out / "segmenter.pt"
     try:
         rows = compared(args.ema, args.steps) + [further_row(text, args.ema, args.steps) for text in args.row]
     except ValueError as error:
         parser.error(str(error))
     needed = {args.out / path for row in rows for path in (row.checkpoint, row.guide) if path}
-    if missing := sorted(str(path) for path in {*needed, args.out / "segmenter.pt"} if not path.is_file()):
+    if missing := sorted(str(path) for path in {*needed, args.segmenter} if not path.is_file()):
         parser.error(f"{missing[0]} is not there: run scripts/camvid.sh first, or name its --out, --ema and --steps")
     config = json.loads((args.out / "finetune" / "config.json").read_text())
     figures = {
@@ -211,7 +199,7 @@ def main() -> None:
         "diffusion": config["diffusion"],
         "steps": args.steps,
         "seed": config["training"]["seed"],
-        "rows": compare(rows, args),
+        "rows": compare(rows, args, scores, settings),
     }
     (args.out / "guidance.json").write_text(json.dumps(figures, indent=1) + "\n")
     (args.out / "guidance.md").write_text(table(figures))
