@@ -337,6 +337,8 @@ def test_a_file_of_another_program_needs_no_record(places, tmp_path):
     assert result.returncode == 1 and "--weights_key" in result.stdout, result.stdout
     result = run_here("image_train.py", *starting(places, tmp_path / "run", **flags, weights_key="ema"))
     assert result.returncode == 0 and "took the prefix module." in result.stdout, result.stdout
+    unseen = result.stdout.split("They do not show")[1].splitlines()[0]  # of the old network, but its size and classes
+    assert "noise_schedule linear" in unseen and "image_size" not in unseen and "num_classes" not in unseen
     rows = [Row("", tuple(ids), BY_MAP) for ids in ROWS]
     expected = adapt(average, rows, old_edge=True, new_edge=False, learn_sigma=DIFFUSION["learn_sigma"])
     weights = torch.load(tmp_path / "run" / "model.pt", weights_only=True)

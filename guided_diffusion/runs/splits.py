@@ -21,16 +21,15 @@ def open_splits(
     :raises ConfigError: instance maps where the network takes none, or none where it does.
     :raises DataError: see `open_dataset`; or ids mean something else than what was recorded.
     """
-    trained_with = (recorded or {}).get("dataset_json")
-    if trained_with is not None and data.dataset_mode == "custom" and data.data_dir:
-        _check_meaning(trained_with, data, model)
+    recorded = recorded or {}
+    _check_meaning(recorded, data, model)
     common = dict(
         data_dir=data.data_dir,
         dataset_mode=data.dataset_mode,
         image_size=model.image_size,
         num_classes=model.num_classes,
         use_instances=not model.no_instance,
-        instances=data.instances or (recorded or {}).get("data", {}).get("instances", ""),
+        instances=data.instances or recorded.get("data", {}).get("instances", ""),
         seed=config.seed,
         skip_bad=config.skip_bad,
     )
@@ -72,9 +71,8 @@ def open_layouts(
         `open_dataset`; or the ids mean something else than in the training.
     """
     results = bool(config.labels_dir) and holds_network_ids(config.labels_dir)
-    trained_with = recorded.get("dataset_json")
-    if trained_with is not None and data.dataset_mode == "custom" and data.data_dir and not (alone or results):
-        _check_meaning(trained_with, data, model)
+    if not (alone or results):
+        _check_meaning(recorded, data, model)
     dataset = open_dataset(
         data_dir=data.data_dir,
         dataset_mode=data.dataset_mode,
@@ -85,7 +83,7 @@ def open_layouts(
         labels_dir=config.labels_dir or None,
         instances=data.instances,
         training=False,
-        dataset_json=trained_with if alone else None,
+        dataset_json=recorded.get("dataset_json") if alone else None,
     )
     log(
         f"layouts: {os.path.dirname(dataset.items[0].label)}"  # the split's folder may have another name
@@ -99,6 +97,9 @@ def open_layouts(
     return dataset
 
 
-def _check_meaning(trained_with: dict[str, Any], data: DataConfig, model: ModelConfig) -> None:
-    path = os.path.join(data.data_dir, "dataset.json")
-    check_same_meaning(trained_with, read_dataset_json(data.data_dir), model.num_classes, path)
+def _check_meaning(recorded: dict[str, Any], data: DataConfig, model: ModelConfig) -> None:
+    """:raises DataError: data of one's own gives ids another meaning than they had in the recorded training."""
+    trained_with = recorded.get("dataset_json")
+    if trained_with is not None and data.dataset_mode == "custom" and data.data_dir:
+        path = os.path.join(data.data_dir, "dataset.json")
+        check_same_meaning(trained_with, read_dataset_json(data.data_dir), model.num_classes, path)

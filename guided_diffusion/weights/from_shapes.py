@@ -7,7 +7,7 @@ listed as unverified.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -213,19 +213,23 @@ def as_config(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def describe(
-    state: Mapping[str, torch.Tensor], given: Mapping[str, Any], path: str, note: Callable[[str], None]
+    state: Mapping[str, torch.Tensor],
+    given: Mapping[str, Any],
+    path: str,
+    note: Callable[[str], None],
+    silent: Collection[str] = (),
 ) -> tuple[dict[str, dict[str, Any]], str]:
     """What stands in for the config that a checkpoint comes without, and where it comes from, for messages.
 
-    :param note: is told in one line what was seen, and by name and value what was not.
+    :param note: is told in one line what was seen, and by name and value what was not, but for the names `silent`.
     :raises CheckpointError, ConfigError: see `read_settings`.
     """
     settings, unseen = read_settings(state, given, path)
     seen = ", ".join(f"{name} {value}" for name, value in settings.items() if name not in unseen)
     # A count of heads that the channels per head override says nothing.
-    idle = _HEADS[1:] if settings["num_head_channels"] != -1 else ()
+    unsaid = {*silent, *(_HEADS[1:] if settings["num_head_channels"] != -1 else ())}
     asked, taken = (
-        ", ".join(f"{name} {settings[name]}" for name in unseen if name not in idle and (name in given) == as_asked)
+        ", ".join(f"{name} {settings[name]}" for name in unseen if name not in unsaid and (name in given) == as_asked)
         for as_asked in (True, False)
     )
     note(

@@ -50,7 +50,8 @@ def _settings_of(
         names, edge = known_classes(checkpoint, read_shapes(weights, checkpoint).layout_channels)
         own = {name: value for name, value in given.items() if name not in _ADAPTED}
         split = {"num_classes": len(names), "no_instance": not edge}
-        recorded, source = describe(weights, own | split, checkpoint, note)
+        # The split is known by the classes' names, and the checkpoint's own image size counts for nothing.
+        recorded, source = describe(weights, own | split, checkpoint, note, silent=("image_size", *split))
     classes = {}
     if "num_classes" not in given or "no_instance" not in given:
         spec = get_spec(data.dataset_mode, data.data_dir or None, given.get("num_classes"))
